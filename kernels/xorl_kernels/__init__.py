@@ -1,0 +1,1 @@
+"""Kernels of the training server, each with a plain PyTorch twin."""

@@ -1,0 +1,211 @@
+"""Writes and reads checkpoints: DCP for training state, PEFT or Hugging Face format for inference.
+
+A checkpoint is a folder with a manifest; it is written beside its place and renamed into it, so that half of one is
+never seen.
+"""
+
+import datetime
+import hashlib
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from xorl.engine.adapters import TrainedModel
+from xorl.engine.model import BaseModel
+from xorl.errors import CheckpointError, InvalidRequest, StorageFull
+from xorl.types import MANIFEST, Manifest
+
+
+def save_training(
+    model: TrainedModel,
+    base: BaseModel,
+    *,
+    model_id: str,
+    name: str,
+    directory: Path,
+    replace: bool,
+    user_metadata: dict[str, str] | None,
+) -> int:
+    """Write weights and optimizer state; returns the checkpoint's size in bytes."""
+    with _publishing(directory, replace) as draft:
+        with _quiet_dcp():
+            dcp.save(_training_state(model), checkpoint_id=draft, no_dist=True)
+        return _write_manifest(draft, "training", model, base, model_id, name, user_metadata)
+
+
+def load_training(model: TrainedModel, directory: Path, *, optimizer: bool) -> None:
+    """Restore what `save_training` wrote, to the bit; drops accumulated gradients.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another shape of model; nothing was changed.
+    """
+    manifest = read_manifest(directory)
+    if manifest.lora is None and model.spec is not None:
+        raise CheckpointError(f"{manifest.name}: holds full weights, the model trains a LoRA adapter")
+    if model.spec is not None and manifest.lora is not None:
+        for field in ("rank", "alpha", "target_modules"):
+            stored, wanted = getattr(manifest.lora, field), getattr(model.spec, field)
+            if stored != wanted:
+                raise CheckpointError(f"{manifest.name}: its lora {field} is {stored}, the model's is {wanted}")
+    verify(directory, manifest)
+    state = {key: torch.empty_like(value) for key, value in _training_state(model).items()}
+    try:
+        with _quiet_dcp():
+            dcp.load(state, checkpoint_id=directory, no_dist=True)
+    except (CheckpointException, OSError, ValueError) as error:
+        raise CheckpointError(f"{manifest.name}: {error}") from error
+    model.drop_gradients()
+    model.num_mean_tokens = 0
+    model.new_optimizer()
+    model.num_steps = manifest.step if optimizer else 0
+    current = _training_state(model) if optimizer else _parameters(model)
+    with torch.no_grad():
+        for key, value in current.items():
+            value.copy_(state[key])
+
+
+def save_sampler(
+    model: TrainedModel, base: BaseModel, *, model_id: str, name: str, directory: Path, replace: bool
+) -> int:
+    """Write what an inference server loads: PEFT's two files, or the whole model when full weights are trained."""
+    with _publishing(directory, replace) as draft:
+        if model.spec is None:
+            base.network.save_pretrained(draft)
+            _copy_tokenizer(Path(base.path), draft)
+        else:
+            _save_peft(model, base, draft)
+        return _write_manifest(draft, "sampler", model, base, model_id, name, None)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    try:
+        return msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory.name}: there is no such checkpoint") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{directory.name}/{MANIFEST}: {error}") from error
+
+
+def verify(directory: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError naming the first file that is missing or not what was written."""
+    for file, digest in manifest.files.items():
+        path = directory / file
+        if not path.is_file():
+            raise CheckpointError(f"{manifest.name}/{file}: the file is missing")
+        if _sha256(path) != digest:
+            raise CheckpointError(f"{manifest.name}/{file}: its checksum differs from the manifest's")
+
+
+def _parameters(model: TrainedModel) -> dict[str, Tensor]:
+    return {f"parameter.{name}": parameter.detach() for name, parameter in model.parameters.items()}
+
+
+def _training_state(model: TrainedModel) -> dict[str, Tensor]:
+    return _parameters(model) | model.optimizer_state()
+
+
+def _save_peft(model: TrainedModel, base: BaseModel, directory: Path) -> None:
+    assert model.spec is not None
+    config = LoraConfig(
+        r=model.spec.rank,
+        lora_alpha=model.spec.alpha,  # pyright: ignore[reportArgumentType]  PEFT multiplies, so a fraction is fine
+        target_modules=sorted(model.spec.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.path,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(directory))
+    tensors = {}
+    for name, parameter in model.parameters.items():
+        tensors[f"base_model.model.{name}.weight"] = parameter.detach().cpu().contiguous()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> None:
+    for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "chat_template*"):
+        for file in source.glob(pattern):
+            shutil.copy(file, directory)
+
+
+def _write_manifest(
+    directory: Path,
+    kind: Literal["training", "sampler"],
+    model: TrainedModel,
+    base: BaseModel,
+    model_id: str,
+    name: str,
+    user_metadata: dict[str, str] | None,
+) -> int:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    size_bytes = sum(path.stat().st_size for path in files)
+    manifest = Manifest(
+        kind=kind,
+        model_id=model_id,
+        name=name,
+        base_model=base.path,
+        time=datetime.datetime.now(datetime.UTC).isoformat(),
+        step=model.num_steps,
+        lora=model.spec,
+        size_bytes=size_bytes,
+        files={str(path.relative_to(directory)): _sha256(path) for path in files},
+        user_metadata=user_metadata,
+    )
+    (directory / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return size_bytes
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _publishing(directory: Path, replace: bool) -> Iterator[Path]:
+    """A folder beside `directory` to write into; it takes that name when the block ends well, else it vanishes."""
+    if directory.exists() and not replace:
+        raise InvalidRequest(f"path: checkpoint {directory.name} exists already; choose another name or overwrite it")
+    draft = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        _sync_to_disk(draft)
+        if directory.exists():
+            old = directory.with_name(f"{draft.name}.old")
+            directory.rename(old)
+            draft.rename(directory)
+            shutil.rmtree(old)
+        else:
+            draft.rename(directory)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise StorageFull(f"checkpoint {directory.name}: no space left on the disk") from error
+        raise CheckpointError(f"checkpoint {directory.name}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    with warnings.catch_warnings():  # DCP announces that it runs in one process, which is what we asked for
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _sync_to_disk(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""The control plane's handle on the engine process."""
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from typing import Literal
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+
+from xorl.config import Config
+from xorl.engine.commands import AnyCommand, AnyResult, Failed, ModelInfo
+from xorl.errors import EngineLost, QueueFull, by_name
+
+STOP_TIMEOUT_S = 10.0
+
+log = structlog.get_logger()
+
+
+class EngineClient:
+    """Starts the engine, sends it commands in order and hands each result to its own future."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.info: ModelInfo | None = None
+        self.state: Literal["starting", "running", "dead"] = "starting"
+        self._pending: dict[int, asyncio.Future[AnyResult]] = {}
+        self._last_number = 0
+        self._directory = tempfile.TemporaryDirectory(prefix="xorl-")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._decoder = msgspec.msgpack.Decoder(AnyResult)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._pending)
+
+    async def start(self) -> None:
+        """Spawn the engine process; `state` and `info` say when it is ready."""
+        address = f"ipc://{self._directory.name}/engine"
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "xorl.engine.loop", address, stdin=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdin
+        self._process.stdin.write(self._config.model_dump_json().encode())
+        self._process.stdin.close()
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+
+    async def stop(self) -> None:
+        """End the engine; what it has not finished fails with EngineLost."""
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._lose("the server is stopping")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._socket.close()
+        self._directory.cleanup()
+
+    def submit(self, command: AnyCommand) -> asyncio.Future[AnyResult]:
+        """Send a command now; the future has its result, or raises the XorlError that it failed with.
+
+        Raises:
+            EngineLost: there is no engine to send it to.
+            QueueFull: too many commands wait already.
+        """
+        if self.state != "running":
+            raise EngineLost("the engine is still starting" if self.state == "starting" else "the engine has stopped")
+        if len(self._pending) >= self._config.http.max_queued:
+            raise QueueFull(f"{len(self._pending)} commands are waiting; try again later")
+        self._last_number += 1
+        future = asyncio.get_running_loop().create_future()
+        self._pending[self._last_number] = future
+        self._socket.send_multipart([self._last_number.to_bytes(8), msgspec.msgpack.encode(command)])
+        return future
+
+    async def _receive(self) -> None:
+        _, body = await self._socket.recv_multipart()
+        self.info = msgspec.msgpack.decode(body, type=ModelInfo)
+        self.state = "running"
+        log.info("engine ready", model=self.info.path, device=self.info.device, dtype=self.info.dtype)
+        while True:
+            number, body = await self._socket.recv_multipart()
+            future = self._pending.pop(int.from_bytes(number))
+            if future.done():  # its waiter was cancelled
+                continue
+            match self._decoder.decode(body):
+                case Failed(error=name, message=message):
+                    future.set_exception(by_name(name, message))
+                case result:
+                    future.set_result(result)
+
+    async def _watch(self) -> None:
+        code = await self._process.wait()
+        log.error("engine ended", exit_code=code)
+        self._lose(f"the engine process ended with exit code {code}")
+
+    def _lose(self, reason: str) -> None:
+        self.state = "dead"
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            with contextlib.suppress(asyncio.InvalidStateError):
+                future.set_exception(EngineLost(reason))

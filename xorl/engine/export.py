@@ -1,0 +1,54 @@
+"""Turns what is trained into full tensors under their Hugging Face names, LoRA merged, one at a time."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xorl.engine.adapters import SIDES, TrainedModel
+from xorl.engine.model import BaseModel
+from xorl.errors import InvalidRequest
+from xorl.types import UNEMBEDDING
+
+
+class Exported(NamedTuple):
+    """A tensor that inference servers know by `name`; `produce` makes its current value, in `dtype`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    produce: Callable[[], Tensor]
+
+
+def merged_tensors(model: TrainedModel, base: BaseModel) -> list[Exported]:
+    """Every weight of the model, in the order of the network; W + scale · B A where an adapter acts.
+
+    Tied embeddings go once, as the embedding.
+
+    Raises:
+        InvalidRequest: the adapter trains the unembedding of a model whose embeddings are tied, so that merged weights
+            have no place for it.
+    """
+    if UNEMBEDDING in (model.spec.target_modules if model.spec else ()) and base.tied:
+        raise InvalidRequest(
+            "target_modules: lm_head is trained but the base model ties it to the embedding, so merged weights cannot "
+            "hold it; sync the adapter itself (create_sampling_session) or train without lm_head"
+        )
+    return [
+        Exported(name, base.dtype, tuple(weight.shape), _producer(name, weight, model, base.dtype))
+        for name, weight in base.network.named_parameters()
+    ]
+
+
+def _producer(name: str, weight: Tensor, model: TrainedModel, dtype: torch.dtype) -> Callable[[], Tensor]:
+    layer = name.removesuffix(".weight")
+    if model.spec is None or f"{layer}.{SIDES[0]}" not in model.parameters:
+        return lambda: weight.detach().to(dtype)
+    scale = model.spec.alpha / model.spec.rank
+    a_RI, b_OR = (model.parameters[f"{layer}.{side}"] for side in SIDES)
+
+    def merge() -> Tensor:
+        return torch.addmm(weight.float(), b_OR, a_RI, alpha=scale).detach().to(dtype)
+
+    return merge
