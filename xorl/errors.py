@@ -5,6 +5,7 @@ XorlError             status  category
 ├─ Unauthorized          401  user
 ├─ Forbidden             403  user     a reserved checkpoint
 ├─ UnknownId             404  user     model, future, checkpoint: says which, and what there is
+├─ BodyTooLarge          413  user
 ├─ QueueFull             429  user
 ├─ StorageFull           507  server
 ├─ Asleep                503  user     weights are off the GPU until /wake_up
@@ -44,6 +45,11 @@ class Forbidden(XorlError):
 
 class UnknownId(XorlError):
     status = 404
+    category = "user"
+
+
+class BodyTooLarge(XorlError):
+    status = 413
     category = "user"
 
 

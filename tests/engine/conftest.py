@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import config_for
 
+from builders import config_for
 from xorl.engine.engine import Engine
 
 

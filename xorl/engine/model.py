@@ -93,7 +93,8 @@ def load_network(path: str, dtype: torch.dtype, device: torch.device) -> PreTrai
     head = network.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise InvalidRequest(f"model {path}: {config.model_type} has no plain linear LM head")
-    return nn.Module.to(network, device).eval()
+    nn.Module.to(network, device)
+    return network.eval()
 
 
 def resolve_device(name: str) -> torch.device:

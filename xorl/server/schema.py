@@ -1,0 +1,423 @@
+"""Gives every request and response of the API its shape on the wire.
+
+Unknown keys are dropped. The long arrays of forward and forward_backward stay plain lists here; `datums` checks them.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, WithJsonSchema
+
+from xorl.types import CacheMode, PauseMode
+
+MODEL_ID_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,127}(:train:[0-9]{1,9})?$"
+
+ModelId = Annotated[str, Field(pattern=MODEL_ID_PATTERN)]
+SessionId = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,127}$")]
+SeqId = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+TtlSeconds = Annotated[int, Field(gt=0, le=10 * 366 * 24 * 3600)]
+Quantization = dict[str, str | list[int] | list[str]]
+Numbers = Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "number"}})]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), allow_inf_nan=False, populate_by_name=True)
+
+
+def alias(name: str, *others: str) -> AliasChoices:
+    return AliasChoices(name, *others)
+
+
+class ModelRequest(Wire):
+    """A call that names a model."""
+
+    model_id: ModelId = Field("default", validation_alias=alias("model_id", "session_id"))
+
+
+class SequencedRequest(ModelRequest):
+    seq_id: SeqId | None = None
+
+
+class FutureRef(Wire):
+    request_id: str
+    model_id: str
+
+
+# Training
+
+
+class Tensor(Wire):
+    data: Numbers
+    dtype: Literal["float32", "int64", "int32"] | None = None
+    shape: list[int] | None = None
+
+
+TensorLike = Tensor | Numbers
+
+
+class Chunk(Wire):
+    type: str = "encoded_text"
+    tokens: TensorLike | None = None
+
+
+class ModelInput(Wire):
+    input_ids: TensorLike | None = None
+    chunks: list[Chunk] | None = None
+
+
+class Datum(Wire):
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorLike | None] = {}
+
+
+LossOptions = dict[str, bool | float | str | None]
+
+
+class Input(Wire):
+    data: list[Datum]
+    loss_fn: str = "causallm_loss"
+    loss_fn_params: LossOptions | None = Field(None, validation_alias=alias("loss_fn_params", "loss_fn_config"))
+    routed_experts: list[Any] | None = None
+    routed_expert_logits: list[Any] | None = None
+
+
+class ForwardRequest(SequencedRequest):
+    forward_input: Input
+
+
+class ForwardBackwardRequest(SequencedRequest):
+    forward_backward_input: Input
+
+
+Rate = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamParamsWire(Wire):
+    """null means: as the session or the server has it."""
+
+    type: str | None = None
+    learning_rate: Rate | None = None
+    beta1: Decay | None = None
+    beta2: Decay | None = None
+    eps: Rate | None = None
+    weight_decay: Rate | None = None
+    grad_clip_norm: Rate | None = None
+
+
+class OptimStepRequest(SequencedRequest):
+    adam_params: AdamParamsWire | None = Field(None, validation_alias=alias("adam_params", "optimizer_params"))
+    learning_rate: Rate | None = Field(None, validation_alias=alias("learning_rate", "lr"))
+    gradient_clip: Rate | None = None
+
+
+class RetrieveFutureRequest(Wire):
+    request_id: str
+
+
+# Models
+
+
+class LoraConfig(Wire):
+    rank: int | None = Field(None, validation_alias=alias("rank", "lora_rank"))
+    alpha: float | None = Field(None, validation_alias=alias("alpha", "lora_alpha"))
+    dropout: float | None = Field(None, validation_alias=alias("dropout", "lora_dropout"))
+    target_modules: list[str] | str | None = None
+    seed: Seed | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+
+
+class OptimizerConfig(Wire):
+    type: str | None = None
+    learning_rate: Rate | None = Field(None, validation_alias=alias("learning_rate", "lr"))
+    weight_decay: Rate | None = None
+    betas: tuple[Decay, Decay] | None = None
+    eps: Rate | None = None
+    optimizer_dtype: str | None = None
+
+
+class CreateModelRequest(Wire):
+    """Both dialects: tinker's has session_id and model_seq_id in place of model_id."""
+
+    model_id: ModelId | None = None
+    session_id: ModelId | None = None
+    model_seq_id: SeqId | None = None
+    base_model: str
+    lora_config: LoraConfig | None = None
+    optimizer_config: OptimizerConfig | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class KillSessionRequest(ModelRequest):
+    save_checkpoint: bool = True
+    reset_weights: bool = False
+
+
+class KillSessionResponse(Wire):
+    success: bool
+    message: str
+    checkpoint_path: str | None = None
+
+
+class SessionInfo(Wire):
+    registered_models: list[str]
+    active_sessions: int
+    session_activity: dict[str, float]
+    idle_timeout_seconds: float
+    loaded_sampling_adapters: dict[str, int]
+    loaded_training_adapters: list[str]
+    max_training_adapters: int
+    current_training_adapter: str | None
+
+
+class CreateSessionRequest(Wire):
+    session_id: SessionId | None = None
+    base_model: str | None = None
+    lora_config: LoraConfig | None = None
+    tags: list[str] | None = None
+
+
+class CreateSessionResponse(Wire):
+    type: Literal["create_session"] = "create_session"
+    session_id: str
+    info_message: str | None = None
+    warning_message: str | None = None
+    error_message: str | None = None
+
+
+class HeartbeatRequest(Wire):
+    session_id: str = Field(validation_alias=alias("session_id", "model_id"))
+
+
+class HeartbeatResponse(Wire):
+    type: Literal["session_heartbeat"] = "session_heartbeat"
+    session_id: str
+
+
+# Checkpoints
+
+
+class SaveWeightsRequest(SequencedRequest):
+    path: str | None = None
+    overwrite: bool = False
+    ttl_seconds: TtlSeconds | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class SaveSamplerRequest(SequencedRequest):
+    """tinker leaves the path out to get a sampling session in place of a checkpoint."""
+
+    name: str | None = Field(None, validation_alias=alias("name", "path"))
+    sampling_session_seq_id: SeqId | None = None
+    ttl_seconds: TtlSeconds | None = None
+
+
+class LoadWeightsRequest(Wire):
+    model_id: ModelId | None = None
+    session_id: ModelId | None = None
+    seq_id: SeqId | None = None
+    model_seq_id: SeqId | None = None
+    path: str
+    optimizer: bool = True
+    base_model: str | None = None
+    optimizer_config: OptimizerConfig | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class CheckpointRow(Wire):
+    checkpoint_id: str
+    checkpoint_type: Literal["training", "sampler"]
+    time: str
+    path: str
+    tinker_path: str
+    size_bytes: int
+    public: bool = False
+    expires_at: str | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class CheckpointList(Wire):
+    checkpoints: list[CheckpointRow]
+
+
+class DeleteCheckpointRequest(ModelRequest):
+    checkpoint_id: str
+
+
+class DeleteCheckpointResponse(Wire):
+    success: bool
+    deleted_path: str | None = None
+    error: str | None = None
+
+
+class WeightsInfoRequest(Wire):
+    path: str = Field(validation_alias=alias("xorl_path", "tinker_path", "path"))
+
+
+class TrainingRun(Wire):
+    training_run_id: str
+    base_model: str
+    model_owner: str = "local"
+    is_lora: bool
+    corrupted: bool = False
+    lora_rank: int | None
+    last_request_time: str
+    last_checkpoint: CheckpointRow | None = None
+    last_sampler_checkpoint: CheckpointRow | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class Cursor(Wire):
+    offset: int
+    limit: int
+    total_count: int
+
+
+class TrainingRuns(Wire):
+    training_runs: list[TrainingRun]
+    cursor: Cursor
+
+
+# Inference
+
+
+class EndpointAddress(Wire):
+    host: str = Field(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9._:-]+$")
+    port: Port
+
+
+class SyncTransport(Wire):
+    master_address: str = ""
+    master_port: int = Field(0, ge=0, le=65535)
+    group_name: str = Field("weight_sync_group", min_length=1, max_length=128)
+    buffer_size_mb: int = Field(1024, ge=1, le=65536)
+
+
+class AddEndpointRequest(EndpointAddress, SyncTransport):
+    worker_port: Port | None = None
+    world_size: int = Field(1, ge=1, le=1024)
+    pool: str = "default"
+    receiver_kv_cache_dtype: str | None = None
+    sync_weights: bool = False
+
+
+class EndpointRow(Wire):
+    host: str
+    port: int
+    worker_port: int
+    world_size: int
+    healthy: bool
+    stale: bool
+    pool: str
+    receiver_kv_cache_dtype: str | None = None
+    server_info: dict[str, Any] | None = None
+
+
+class AddEndpointResponse(Wire):
+    success: bool
+    message: str
+    endpoint: EndpointRow | None = None
+    weights_synced: bool = False
+    sync_message: str | None = None
+
+
+class RemoveEndpointResponse(Wire):
+    success: bool
+    message: str
+
+
+class EndpointRows(Wire):
+    endpoints: list[EndpointRow]
+    count: int
+
+
+class SyncRequest(ModelRequest, SyncTransport):
+    flush_cache: bool = False
+    cache_invalidation_mode: CacheMode = "auto"
+    pause_mode: PauseMode = "retract"
+    weight_version: str | None = None
+    quantization: Quantization | None = None
+    pools: list[str] | None = None
+
+
+class EndpointSynced(Wire):
+    host: str
+    port: int
+    success: bool
+    message: str
+
+
+class SyncResponse(Wire):
+    success: bool
+    message: str
+    transfer_time: float = 0.0
+    total_bytes: int = 0
+    num_parameters: int = 0
+    num_buckets: int = 0
+    endpoints_synced: list[EndpointSynced] = []
+
+
+class QuantizationRequest(Wire):
+    quantization: Quantization | None
+
+
+class QuantizationResponse(Wire):
+    quantization: Quantization | None
+    message: str
+
+
+class SamplingSessionRequest(Wire):
+    """tinker's form has session_id and sampling_session_seq_id."""
+
+    model_id: ModelId | None = None
+    session_id: SessionId | None = None
+    sampling_session_seq_id: SeqId | None = None
+    model_path: str | None = None
+    base_model: str | None = None
+
+
+class SamplingParams(Wire):
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: Rate = 1.0
+    top_k: int = Field(-1, ge=-1, lt=2**31)
+    top_p: float = Field(1.0, ge=0, le=1)
+
+
+class SampleRequest(Wire):
+    num_samples: int = Field(1, ge=1, le=4096)
+    prompt: ModelInput
+    sampling_params: SamplingParams = SamplingParams()  # pyright: ignore[reportCallIssue]
+    sampling_session_id: str | None = None
+    seq_id: SeqId | None = None
+    base_model: str | None = None
+    model_path: str | None = None
+    prompt_logprobs: bool | None = None
+    prompt_logprobs_last_n: Annotated[int, Field(ge=1)] | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    prompt_alt_tokens_k: int = 0
+    target_prompt_logprobs: Tensor | None = None
+
+
+class SampleRef(Wire):
+    request_id: str
+    sample_sequence_ids: list[str]
+
+
+class Health(Wire):
+    status: Literal["healthy", "starting", "unhealthy"]
+    engine_running: bool
+    active_requests: int
+    total_requests: int
+
+
+class Moved(Wire):
+    """Answer of /sleep and /wake_up."""
+
+    success: bool
+    result: str
