@@ -109,7 +109,7 @@ class SyncWeights(ModelCommand, frozen=True, tag=True, kw_only=True):
     cache_mode: CacheMode
     pause_mode: PauseMode
     weight_version: str | None
-    quantization: dict[str, str | list[int] | list[str]] | None  # None: as the model's dtype
+    quantization: dict[str, str | list[int | str]] | None  # None: as the model's dtype
 
 
 class Sleep(Command, frozen=True, tag=True, kw_only=True):

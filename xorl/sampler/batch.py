@@ -64,9 +64,7 @@ class Batch:
                 unique.append(row)
             sources.append(first[key])
         lengths = [len(row.tokens) for row in unique]
-        hidden_TH, cache = self._network.prefill(
-            [row.tokens for row in unique], [row.prompt.adapter for row in unique]
-        )
+        hidden_TH, cache = self._network.prefill([row.tokens for row in unique], [row.prompt.adapter for row in unique])
         logprobs = self._prompt_logprobs(hidden_TH, unique, lengths)
         for row, source in zip(rows, sources, strict=True):
             row.prompt_logprobs = row.prompt_logprobs or logprobs[source]

@@ -45,6 +45,10 @@ class Engine:
         self._thread.start()
 
     @property
+    def _unfinished(self) -> list[Row]:
+        return [*self._running.rows, *self._waiting]
+
+    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
@@ -94,9 +98,12 @@ class Engine:
 
     def abort(self, prefix: str) -> None:
         """End every row whose request_id starts with `prefix`, as SGLang matches them."""
-        for row in (*self._running.rows, *self._waiting):
-            if row.prompt.request_id.startswith(prefix):
-                row.end(Abort())
+        self.abort_rows([row for row in self._unfinished if row.prompt.request_id.startswith(prefix)])
+
+    def abort_rows(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row.finish is None:
+                row.end(Abort(), self.weight_version)
         self._running.drop_finished()
         self._waiting = deque(row for row in self._waiting if row.finish is None)
 
@@ -109,9 +116,12 @@ class Engine:
             self.abort("")
         self.weight_version = version
 
+    def refuse_loaded(self, adapter_name: str) -> None:
+        if adapter_name in self.adapters:
+            raise InvalidRequest(f"LoRA adapter {adapter_name} is already loaded; unload it first")
+
     def add_adapter(self, adapter: LoadedAdapter) -> None:
-        if adapter.name in self.adapters:
-            raise InvalidRequest(f"LoRA adapter {adapter.name} is already loaded")
+        self.refuse_loaded(adapter.name)
         self.adapters = self.adapters | {adapter.name: adapter}
 
     def remove_adapter(self, name: str) -> None:
@@ -173,7 +183,7 @@ class Engine:
         for row in self._running.rows:
             reason = finish_reason(row, self.text) if row.finish is None else None
             if reason is not None:
-                row.end(reason)
+                row.end(reason, self.weight_version)
         self._running.drop_finished()
 
 

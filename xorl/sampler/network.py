@@ -112,9 +112,7 @@ def cached_attention(
 ) -> tuple[Tensor, None]:
     """Attention of packed prompts, or of one new token a row over the cache."""
     if packed_lengths is not None:
-        return packed_attention(
-            module, query, key, value, None, sequence_lengths=packed_lengths, scaling=scaling
-        )
+        return packed_attention(module, query, key, value, None, sequence_lengths=packed_lengths, scaling=scaling)
     # Query heads that share a key-value head stand as that head's queries, so keys need no repeating.
     num_rows, num_heads, _one, size = query.shape
     query_BGQD = query.reshape(num_rows, key.shape[1], -1, size)

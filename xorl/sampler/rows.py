@@ -94,6 +94,8 @@ class Row:
     cached_tokens: int = 0
     finish: FinishReason | None = None
     created: float = field(default_factory=monotonic)
+    weight_version: str = ""  # when it ended
+    latency_s: float = 0.0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -116,8 +118,10 @@ class Row:
         self.logprobs.append(logprob)
         self.weight_spans[-1].end = len(self.output)
 
-    def end(self, reason: FinishReason) -> None:
+    def end(self, reason: FinishReason, weight_version: str) -> None:
         self.finish = reason
+        self.weight_version = weight_version
+        self.latency_s = monotonic() - self.created
         self.future.set_result(self)
 
     def fail(self, error: Exception) -> None:

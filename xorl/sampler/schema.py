@@ -50,7 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def check(self, place: str) -> None:
         for field, allowed, rule in (
             ("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 0, "at least 0"),
-            ("min_new_tokens", 0 <= self.min_new_tokens, "at least 0"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
             ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k == -1 or self.top_k >= 1, "-1 or at least 1"),

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from xorl.sync.broadcast import join_group
 
 from xorl.errors import InvalidRequest
 from xorl.sampler.network import Network
-from xorl.sync.broadcast import join_group
 
 GROUP_TIMEOUT_S = 300.0
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<idx>\d+)\.(?P<part>gate|up|down)_proj\.weight")
@@ -61,6 +61,14 @@ class WeightReceiver:
             raise InvalidRequest("no weight update is open; call /begin_weight_update first")
         self._session = False
 
+    def check(self, specs: Sequence[TensorSpec], group_name: str, *, flattened: bool) -> None:
+        """Refuse, before anything waits, an announcement whose broadcast could not be received."""
+        if not self._session:
+            raise InvalidRequest("no weight update is open; call /begin_weight_update first")
+        self._group(group_name)
+        if flattened:
+            _bucket_offsets(specs)
+
     def receive(self, specs: Sequence[TensorSpec], group_name: str, *, flattened: bool) -> None:
         """Take one announced broadcast and load it; of a bucket with anything wrong in it, nothing is loaded.
 
@@ -69,8 +77,7 @@ class WeightReceiver:
         Raises:
             InvalidRequest: naming the tensor that does not fit.
         """
-        if not self._session:
-            raise InvalidRequest("no weight update is open; call /begin_weight_update first")
+        self.check(specs, group_name, flattened=flattened)
         group = self._group(group_name)
         offsets = _bucket_offsets(specs) if flattened else []
         try:
@@ -97,12 +104,14 @@ class WeightReceiver:
             raise InvalidRequest(f"model_path: {folder} lacks {min(missing)}")
         self._load(tensors.items())
 
-    def checksums(self) -> dict[str, str]:
-        """Of every parameter by name: the first 8 bytes, in hex, of the SHA-256 of its bytes."""
-        return {
-            name: hashlib.sha256(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+    def checksums(self) -> tuple[dict[str, str], str]:
+        """Of every parameter by name: the first 8 bytes, in hex, of the SHA-256 of its bytes; and of all of them."""
+        checksums = {
+            name: hashlib.sha256(parameter.detach().cpu().flatten().view(torch.uint8).numpy()).hexdigest()[:16]
             for name, parameter in self._parameters.items()
         }
+        lines = "".join(f"{name} {checksum}\n" for name, checksum in sorted(checksums.items()))
+        return checksums, hashlib.sha256(lines.encode()).hexdigest()[:16]
 
     def _group(self, name: str) -> "torch.distributed.ProcessGroup":
         if name not in self._groups:
@@ -169,7 +178,9 @@ def _bucket_offsets(specs: Sequence[TensorSpec]) -> list[int]:
     offsets, offset = [], 0
     for spec in specs:
         if offset % spec.dtype.itemsize:
-            raise InvalidRequest(f"{spec.name}: offset {offset} is not a multiple of its item size; put wide items first")
+            raise InvalidRequest(
+                f"{spec.name}: offset {offset} is not a multiple of its item size; put wide items first"
+            )
         offsets.append(offset)
         offset += spec.num_bytes
     return offsets
