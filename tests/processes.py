@@ -53,8 +53,11 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
         if process.poll() is not None:
             break
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            health = httpx.get(f"{url}/health", timeout=5)
+            if health.status_code == 200:
                 return
+            if "unhealthy" in health.text:
+                break
         except httpx.TransportError:
             pass
         time.sleep(0.1)

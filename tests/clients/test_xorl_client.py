@@ -268,13 +268,13 @@ def test_full_weights(full_trainer: str, tiny_model: Path) -> None:
 
 
 @pytest.fixture
-def registered(service: xorl_client.ServiceClient, create: Callable[..., xorl_client.TrainingClient], sampler: str):
-    """A training client whose server knows the sampler."""
-    client, address = create(), urlsplit(sampler)
-    added = client.add_inference_endpoint(address.hostname, address.port).result()
+def registered(create: Callable[..., xorl_client.TrainingClient], sampler: str) -> Iterator[xorl_client.TrainingClient]:
+    """A client of `default`, the model that a sync without a model_id means, whose server knows the sampler."""
+    client, address = create("default"), urlsplit(sampler)
+    assert client.add_inference_endpoint(address.hostname, address.port).result().success
     yield client
-    client.remove_inference_endpoint(address.hostname, address.port).result()
-    assert added
+    assert client.remove_inference_endpoint(address.hostname, address.port).result().success
+    client.unload().result()
 
 
 def served_logprobs(sampler: str, tokens: list[int], **options: object) -> list[float]:

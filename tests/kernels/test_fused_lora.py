@@ -58,7 +58,7 @@ def values_and_gradients(function, layout, inputs: list[Tensor], with_bias: bool
     y_TO = function(x_TI, weight_OI, bias_O if with_bias else None, segments(layout, pairs))
     factors_TO = torch.randn(y_TO.shape, generator=torch.Generator().manual_seed(1)).to(y_TO.dtype)
     wanted = leaves if with_bias else [x_TI, weight_OI, *pairs]
-    return [y_TO, *torch.autograd.grad((y_TO * factors_TO).sum(), wanted)]
+    return [y_TO, *torch.autograd.grad((y_TO * factors_TO).sum(), wanted, materialize_grads=True)]
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

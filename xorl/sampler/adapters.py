@@ -80,6 +80,8 @@ def load_adapter(name: str, path: Path, model: nn.Module, dtype: torch.dtype, de
 def _pair_up(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, LoraPair]:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        if key == f"{_PREFIX}{UNEMBEDDING}.base_layer.weight":
+            continue  # PEFT saves the head beside an adapter on it, unchanged since modules_to_save is refused
         layer, _, side = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
         if not key.startswith(_PREFIX) or layer not in shapes or side not in ("lora_A", "lora_B"):
             raise ValueError(f"tensor {key} adapts nothing in this model")

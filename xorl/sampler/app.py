@@ -62,7 +62,7 @@ def create_app(sampler: Sampler) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(sampler.engine.stop)
+        await asyncio.to_thread(sampler.close)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.state.sampler = sampler

@@ -28,11 +28,11 @@ class Batch:
         rows = sorted(rows, key=lambda row: (id(row.prompt.adapter), len(row.tokens)))
         try:
             kv = self._prefill(rows, weight_version)
+            self._kv = kv if self._kv is None else self._kv.join(kv)
         except Exception as error:  # rows that have not joined yet are nobody else's to fail
             for row in rows:
                 row.fail(InternalError(f"{type(error).__name__}: {error}"))
             return
-        self._kv = kv if self._kv is None else self._kv.join(kv)
         self.rows = self.rows + rows
         self._reorder(sorted(range(len(self.rows)), key=lambda row: id(self.rows[row].prompt.adapter)))
 

@@ -13,7 +13,7 @@ from xorl.errors import EngineLost, InternalError, InvalidRequest
 from xorl.sampler.adapters import LoadedAdapter
 from xorl.sampler.batch import Batch
 from xorl.sampler.network import Network
-from xorl.sampler.rows import Abort, Row, finish_reason
+from xorl.sampler.rows import Abort, Row, certain_future, finish_reason
 from xorl.sampler.text import Text
 from xorl.types import PauseMode
 
@@ -45,10 +45,6 @@ class Engine:
         self._thread.start()
 
     @property
-    def _unfinished(self) -> list[Row]:
-        return [*self._running.rows, *self._waiting]
-
-    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
@@ -58,13 +54,13 @@ class Engine:
 
     def call(self, action: Callable[[], T]) -> "Future[T]":
         """Run `action` between two steps."""
-        future: Future[T] = Future()
+        future: Future[T] = certain_future()
         self._post(lambda: _resolve(future, action))
         return future
 
     def call_alone(self, action: Callable[[], T], *, abort: bool = False) -> "Future[T]":
         """Run `action` when generation is paused or no row runs; new rows wait behind it."""
-        future: Future[T] = Future()
+        future: Future[T] = certain_future()
 
         def enqueue() -> None:
             if abort:
@@ -98,7 +94,8 @@ class Engine:
 
     def abort(self, prefix: str) -> None:
         """End every row whose request_id starts with `prefix`, as SGLang matches them."""
-        self.abort_rows([row for row in self._unfinished if row.prompt.request_id.startswith(prefix)])
+        rows = (*self._running.rows, *self._waiting)
+        self.abort_rows([row for row in rows if row.prompt.request_id.startswith(prefix)])
 
     def abort_rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -108,8 +105,8 @@ class Engine:
         self._waiting = deque(row for row in self._waiting if row.finish is None)
 
     def flush(self) -> bool:
-        """Whether nothing is left of the old weights' keys and values; there is no cache beyond the running rows."""
-        return not self._running.rows and (self._paused or not self._waiting)
+        """Whether no keys and values of older weights are left; there is no cache beyond the running rows."""
+        return not self._running.rows
 
     def set_weight_version(self, version: str, *, abort: bool) -> None:
         if abort:

@@ -60,28 +60,34 @@ def lay_out(request: GenerateRequest, text: Text, limits: Limits, adapters: Mapp
     rows: list[Row] = []
     wanted: list[Wanted] = []
     for idx, tokens in enumerate(prompts):
-        place = f"input_ids[{idx}]" if listed else "input_ids"
-        _check_tokens(tokens, place, params[idx], limits)
+        _check_tokens(tokens, f"input_ids[{idx}]" if listed else "input_ids", params[idx], limits)
+        _check_logprobs(tokens, starts[idx], num_tops[idx], limits)
         if params[idx].stop and not text:
             raise InvalidRequest("sampling_params.stop: this model has no tokenizer; use stop_token_ids")
-        _check_logprobs(tokens, starts[idx], num_tops[idx], limits)
-        adapter = _adapter(loras[idx], adapters)
-        seed = params[idx].given_seed
-        for sample_idx in range(params[idx].n):
-            prompt = Prompt(
-                request_id=request_ids[idx] if params[idx].n == 1 else f"{request_ids[idx]}_{sample_idx}",
-                tokens=tuple(tokens),
-                sampling=params[idx].sampling,
-                stop=params[idx].stop_rule(limits.eos_token_ids, limits.context_tokens - len(tokens)),
-                adapter=adapter,
-                seed=secrets.randbits(63) if seed is None else seed,
-                sample_idx=sample_idx,
-                logprob_start=starts[idx] if wants_logprob[idx] and starts[idx] >= 0 else None,
-                num_top=num_tops[idx] if wants_logprob[idx] else 0,
-            )
-            rows.append(Row(prompt))
-            wanted.append(Wanted(wants_logprob[idx], params[idx].no_stop_trim))
+        logprobs = wants_logprob[idx]
+        first = Prompt(
+            request_id=request_ids[idx],
+            tokens=tuple(tokens),
+            sampling=params[idx].sampling,
+            stop=params[idx].stop_rule(limits.eos_token_ids, limits.context_tokens - len(tokens)),
+            adapter=_adapter(loras[idx], adapters),
+            seed=params[idx].any_seed,
+            sample_idx=0,
+            logprob_start=starts[idx] if logprobs and starts[idx] >= 0 else None,
+            num_top=num_tops[idx] if logprobs else 0,
+        )
+        rows += [Row(prompt) for prompt in _samples(first, params[idx].n)]
+        wanted += [Wanted(logprobs, params[idx].no_stop_trim)] * params[idx].n
     return Intake(rows, wanted, single=not listed and len(rows) == 1)
+
+
+def _samples(first: Prompt, count: int) -> list[Prompt]:
+    if count == 1:
+        return [first]
+    return [
+        msgspec.structs.replace(first, request_id=f"{first.request_id}_{sample_idx}", sample_idx=sample_idx)
+        for sample_idx in range(count)
+    ]
 
 
 def _refuse_unimplemented(request: GenerateRequest) -> None:
@@ -103,6 +109,8 @@ def _prompts(request: GenerateRequest, text: Text) -> tuple[list[list[int]], boo
         nested = [entry for entry in request.input_ids if isinstance(entry, list)]
         if not nested:
             return [[entry for entry in request.input_ids if isinstance(entry, int)]], False
+        if len(nested) != len(request.input_ids):
+            raise InvalidRequest("input_ids: holds both tokens and lists of tokens")
         prompts = nested
     if not prompts:
         raise InvalidRequest("text: the batch is empty")

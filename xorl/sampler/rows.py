@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -85,7 +85,7 @@ class Row:
     """A prompt and what was generated so far. The engine thread alone changes it, until `future` is done."""
 
     prompt: Prompt
-    future: "Future[Row]" = field(default_factory=Future)
+    future: "Future[Row]" = field(default_factory=lambda: certain_future())
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
@@ -125,8 +125,16 @@ class Row:
         self.future.set_result(self)
 
     def fail(self, error: Exception) -> None:
-        self.finish = Abort(str(error), 500)
-        self.future.set_exception(error)
+        if self.finish is None:
+            self.finish = Abort(str(error), 500)
+            self.future.set_exception(error)
+
+
+def certain_future() -> "Future[Any]":
+    """A future that whoever waits for it cannot cancel, so that the engine may always set it."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def finish_reason(row: Row, text: Text) -> FinishReason | None:

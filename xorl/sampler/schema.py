@@ -1,5 +1,6 @@
 """Spells SGLang's JSON: what requests may say, what answers hold. Unknown fields of a request are dropped."""
 
+import secrets
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +16,6 @@ from xorl.types import PauseMode
 DEFAULT_GROUP = "weight_update_group"
 
 LogprobEntry = tuple[float | None, int, str | None]
-Seed = int | None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,8 +75,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Sampling(self.temperature, self.top_p, self.top_k, self.min_p)
 
     @property
-    def given_seed(self) -> Seed:
-        return self.sampling_seed if self.sampling_seed is not None else self.seed
+    def any_seed(self) -> int:
+        given = self.sampling_seed if self.sampling_seed is not None else self.seed
+        return secrets.randbits(63) if given is None else given
 
     def stop_rule(self, eos_token_ids: frozenset[int], room: int) -> StopRule:
         """`room`: tokens left in the context after the prompt."""
@@ -92,7 +93,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GenerateRequest(msgspec.Struct, frozen=True):
     """A field that is a list has one entry for each prompt of a batch."""
 
-    input_ids: list[int] | list[list[int]] | None = None
+    input_ids: list[int | list[int]] | None = None
     text: str | list[str] | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
     rid: str | list[str] | None = None
@@ -102,7 +103,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     return_text_in_logprobs: bool | None = False
     lora_path: str | list[str | None] | None = None
     stream: bool | None = False
-    token_ids_logprob: list[int] | list[list[int]] | None = None
+    token_ids_logprob: list[Any] | None = None
     return_hidden_states: bool | list[bool] | None = False
     input_embeds: list[Any] | None = None
     image_data: Any = None

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from xorl.sync.broadcast import join_group
 
 from xorl.errors import InvalidRequest
 from xorl.sampler.network import Network
+from xorl.sync.broadcast import join_group
 
 GROUP_TIMEOUT_S = 300.0
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<idx>\d+)\.(?P<part>gate|up|down)_proj\.weight")
@@ -50,6 +50,10 @@ class WeightReceiver:
     def leave(self, name: str) -> None:
         self._group(name)
         del self._groups[name]
+
+    def close(self) -> None:
+        """Leave all groups: their threads must not outlive the interpreter."""
+        self._groups.clear()
 
     def begin(self) -> None:
         if self._session:
@@ -107,7 +111,9 @@ class WeightReceiver:
     def checksums(self) -> tuple[dict[str, str], str]:
         """Of every parameter by name: the first 8 bytes, in hex, of the SHA-256 of its bytes; and of all of them."""
         checksums = {
-            name: hashlib.sha256(parameter.detach().cpu().flatten().view(torch.uint8).numpy()).hexdigest()[:16]
+            name: hashlib.sha256(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[
+                :16
+            ]
             for name, parameter in self._parameters.items()
         }
         lines = "".join(f"{name} {checksum}\n" for name, checksum in sorted(checksums.items()))

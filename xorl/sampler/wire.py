@@ -24,6 +24,10 @@ class Sampler(NamedTuple):
     limits: Limits
     facts: ModelFacts
 
+    def close(self) -> None:
+        self.engine.stop()
+        self.receiver.close()
+
 
 class Failure(msgspec.Struct):
     message: str
@@ -47,7 +51,7 @@ class Success(msgspec.Struct):
     success: bool = True
 
 
-def of_request(request: Request) -> Sampler:
+async def of_request(request: Request) -> Sampler:
     return request.app.state.sampler
 
 

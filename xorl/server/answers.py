@@ -6,7 +6,6 @@ N: datums; T: tokens of all of them; K: candidate targets a position.
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
 import orjson
@@ -17,16 +16,6 @@ from xorl.server.tinker_proto import SampledSequence
 from xorl.types import AnyLoss, CausalLmLoss, CrossEntropy
 
 JsonValue = str | int | float | bool | None | Mapping[str, "JsonValue"] | list["JsonValue"]
-
-
-class Answer(Protocol):
-    """The result of a future."""
-
-    @property
-    def json(self) -> bytes: ...
-
-    @property
-    def protobuf(self) -> bytes | None: ...
 
 
 class JsonAnswer:
@@ -69,9 +58,7 @@ class ForwardAnswer:
     def protobuf(self) -> bytes:
         """One record for each run of datums of one width, since a record's tensors share their trailing shape."""
         groups = groupby(zip(self._widths, self._logprobs(), strict=True), key=lambda pair: pair[0])
-        records = [
-            (() if width == 0 else (width,), [logprobs for _, logprobs in members]) for width, members in groups
-        ]
+        records = [(() if width == 0 else (width,), [logprobs for _, logprobs in members]) for width, members in groups]
         return tinker_proto.encode_forward_backward(self._output_type, records, self._result.metrics)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
@@ -102,6 +89,10 @@ class SampleAnswer:
     @cached_property
     def protobuf(self) -> bytes:
         return tinker_proto.encode_sample(self._sequences, self._prompt_logprobs)
+
+
+Answer = JsonAnswer | ForwardAnswer | SampleAnswer
+"""The result of a future."""
 
 
 def _tensor(values: np.ndarray) -> dict[str, object]:

@@ -54,7 +54,9 @@ def parse(path: str, model_id: str, field: str) -> CheckpointRef:
     kinds = get_args(Kind)
     kind = "weights"
     if separator and (scheme not in get_args(Scheme) or len(parts) != 3 or parts[1] not in kinds):
-        raise InvalidRequest(f"{field}: {path!r} is not xorl:// or tinker://<model>/weights/<name> (or sampler_weights)")
+        raise InvalidRequest(
+            f"{field}: {path!r} is not xorl:// or tinker://<model>/weights/<name> (or sampler_weights)"
+        )
     match parts:
         case [model, middle, name] if middle in kinds:
             model_id, kind = model, middle
@@ -75,7 +77,9 @@ def parse(path: str, model_id: str, field: str) -> CheckpointRef:
 
 def checked_name(name: str, field: str) -> str:
     if not NAME.fullmatch(name) or ".." in name:
-        raise InvalidRequest(f"{field}: {name!r} is no checkpoint name: letters, digits and ._- but no slash, at most 128")
+        raise InvalidRequest(
+            f"{field}: {name!r} is no checkpoint name: letters, digits and ._- but no slash, at most 128"
+        )
     return name
 
 

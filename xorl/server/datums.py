@@ -213,9 +213,7 @@ def _column(name: str, rows: Iterable[_Row], offsets: np.ndarray, num_targets: i
     return column.tobytes()
 
 
-def _check_ids(
-    ids: np.ndarray, offsets: np.ndarray, vocab_size: int, field: str, ignored: int | None = None
-) -> None:
+def _check_ids(ids: np.ndarray, offsets: np.ndarray, vocab_size: int, field: str, ignored: int | None = None) -> None:
     with np.errstate(invalid="ignore"):
         bad = (ids != np.trunc(ids)) | ~((ids >= 0) & (ids < vocab_size))
     if ignored is not None:

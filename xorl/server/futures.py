@@ -85,7 +85,8 @@ class Futures:
         done, _ = await asyncio.wait({entry.task}, timeout=self._hold_s)
         if not done:
             return Pending()
-        entry.delivered = entry.delivered or self._clock()
+        if entry.delivered is None:
+            entry.delivered = self._clock()
         if entry.task.cancelled():
             return Failure("the server is stopping", "server")
         match entry.task.exception():

@@ -52,12 +52,11 @@ def _targets(config: LoraConfig) -> tuple[str, ...] | None:
         listed = config.target_modules
         names = [listed] if isinstance(listed, str) else listed
         return _in_order(LORA_PROJECTIONS if listed == "all-linear" else names)
-    switches = (config.train_attn, config.train_mlp, config.train_unembed)
-    if switches == (None, None, None):
+    attention, mlp, unembedding = config.train_attn, config.train_mlp, config.train_unembed
+    if attention is None and mlp is None and unembedding is None:
         return None
-    attention, mlp, unembedding = (switch is not False for switch in switches[:2]), None, bool(switches[2])
-    with_attention, with_mlp = attention
-    names = [*(ATTENTION if with_attention else ()), *(MLP if with_mlp else ()), *((UNEMBEDDING,) if unembedding else ())]
+    parts = ((attention, ATTENTION), (mlp, MLP), (unembedding, (UNEMBEDDING,)))
+    names = [name for wanted, part in parts if wanted is not False for name in part]
     if not names:
         raise InvalidRequest("lora_config: at least one of train_attn, train_mlp and train_unembed must be true")
     return _in_order(names)
@@ -81,7 +80,9 @@ def adam_defaults(config: OptimizerConfig | None) -> tuple[AdamParams, frozenset
     if config.type is not None and config.type.lower() not in OPTIMIZERS:
         raise InvalidRequest(f"optimizer_config.type: {config.type!r} is not supported, only adamw")
     if config.optimizer_dtype not in (None, "float32", "fp32"):
-        raise InvalidRequest(f"optimizer_config.optimizer_dtype: {config.optimizer_dtype!r} is not supported, only float32")
+        raise InvalidRequest(
+            f"optimizer_config.optimizer_dtype: {config.optimizer_dtype!r} is not supported, only float32"
+        )
     asked = {
         "learning_rate": config.learning_rate,
         "weight_decay": config.weight_decay,

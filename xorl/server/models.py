@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from xorl.engine.commands import AnyCommand, AnyResult, CreateModel, ModelCommand, ModelInfo, UnloadModel
+from xorl.engine.commands import AnyCommand, AnyResult, CreateModel, ModelInfo, UnloadModel
 from xorl.errors import EngineLost, InvalidRequest
 from xorl.server.metrics import Metrics
 from xorl.server.store import Run, Store
@@ -131,7 +131,7 @@ class Models:
         self._models[model_id] = model
         return model
 
-    def send(self, model: Model, command: ModelCommand) -> asyncio.Future[AnyResult]:
+    def send(self, model: Model, command: AnyCommand) -> asyncio.Future[AnyResult]:
         """Submit a command of a model, after the creation of `default` where that is still to be done."""
         if model.created is None:
             self._create(model, None)
@@ -145,7 +145,7 @@ class Models:
         return self._submit(command)
 
     def unload(self, model: Model) -> asyncio.Future[AnyResult]:
-        """Unregister a model now; its commands that are on their way still run. `default` starts anew when next used."""
+        """Unregister a model now; what it was asked before still runs. `default` starts anew when next used."""
         future = self.send(model, UnloadModel(model_id=model.model_id))
         del self._models[model.model_id]
         return future

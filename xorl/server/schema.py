@@ -17,7 +17,7 @@ SeqId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 TtlSeconds = Annotated[int, Field(gt=0, le=10 * 366 * 24 * 3600)]
-Quantization = dict[str, str | list[int] | list[str]]
+Quantization = dict[str, str | list[int | str]]
 Numbers = Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "number"}})]
 
 
@@ -120,9 +120,9 @@ class RetrieveFutureRequest(Wire):
 
 
 class LoraConfig(Wire):
-    rank: int | None = Field(None, validation_alias=alias("rank", "lora_rank"))
-    alpha: float | None = Field(None, validation_alias=alias("alpha", "lora_alpha"))
-    dropout: float | None = Field(None, validation_alias=alias("dropout", "lora_dropout"))
+    rank: int | None = Field(default=None, validation_alias=alias("rank", "lora_rank"))
+    alpha: float | None = Field(default=None, validation_alias=alias("alpha", "lora_alpha"))
+    dropout: float | None = Field(default=None, validation_alias=alias("dropout", "lora_dropout"))
     target_modules: list[str] | str | None = None
     seed: Seed | None = None
     train_unembed: bool | None = None

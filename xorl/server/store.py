@@ -80,7 +80,9 @@ class Store:
         return cursor.rowcount > 0
 
     def sessions(self, limit: int, offset: int) -> list[str]:
-        rows = self._db.execute("SELECT session_id FROM sessions ORDER BY created DESC LIMIT ? OFFSET ?", (limit, offset))
+        rows = self._db.execute(
+            "SELECT session_id FROM sessions ORDER BY created DESC LIMIT ? OFFSET ?", (limit, offset)
+        )
         return [row[0] for row in rows]
 
     def has_session(self, session_id: str) -> bool:

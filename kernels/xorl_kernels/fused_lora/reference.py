@@ -1,4 +1,7 @@
-"""The plain PyTorch twin of the fused LoRA linear layer; also the CPU path."""
+"""The plain PyTorch twin of the fused LoRA linear layer; also the CPU path.
+
+T: tokens; S: those of one segment; I, O: inputs and outputs; R: an adapter's rank.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

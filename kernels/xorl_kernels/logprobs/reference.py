@@ -50,10 +50,9 @@ class _FrozenHead(torch.autograd.Function):
         slope_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden_NH), chunk_tokens):
             logits_CV = _logits(hidden_NH[rows], weight_VH, temperature, None, None)
-            logprobs_N1[rows], lse_C1 = _gather_normalised(logits_CV, targets_N1[rows])
+            logprobs_N1[rows], _, sum_C1 = _score(logits_CV, targets_N1[rows])
             if slope_NH is not None:
-                ones_C1 = torch.ones_like(lse_C1)
-                dlogits_CV = _dlogits(logits_CV, lse_C1, targets_N1[rows], ones_C1, temperature)
+                dlogits_CV = _dlogits(logits_CV, sum_C1, targets_N1[rows], torch.ones_like(sum_C1), temperature)
                 slope_NH[rows] = _matmul(dlogits_CV.to(weight_VH.dtype), weight_VH).to(slope_NH.dtype)
         ctx.save_for_backward(slope_NH)
         return logprobs_N1
@@ -83,7 +82,8 @@ class _AnyHead(torch.autograd.Function):
         lse_N1 = torch.empty(len(hidden_NH), 1, device=hidden_NH.device)
         for rows in _chunks(len(hidden_NH), chunk_tokens):
             logits_CV = _logits(hidden_NH[rows], weight_VH, temperature, _take(xa_NR, rows), b_VR)
-            logprobs_NK[rows], lse_N1[rows] = _gather_normalised(logits_CV, targets_NK[rows])
+            logprobs_NK[rows], max_C1, sum_C1 = _score(logits_CV, targets_NK[rows])
+            lse_N1[rows] = max_C1 + sum_C1.log()
         ctx.save_for_backward(hidden_NH, weight_VH, targets_NK, lse_N1, xa_NR, b_VR)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         return logprobs_NK
@@ -100,7 +100,9 @@ class _AnyHead(torch.autograd.Function):
         db_VR = torch.zeros_like(b_VR, dtype=torch.float32) if needs_b else None
         for rows in _chunks(len(hidden_NH), ctx.chunk_tokens):
             logits_CV = _logits(hidden_NH[rows], weight_VH, ctx.temperature, _take(xa_NR, rows), b_VR)
-            dlogits_CV = _dlogits(logits_CV, lse_N1[rows], targets_NK[rows], grad_NK[rows], ctx.temperature)
+            softmax_CV = logits_CV.sub_(lse_N1[rows]).exp_()
+            ones_C1 = torch.ones_like(lse_N1[rows])
+            dlogits_CV = _dlogits(softmax_CV, ones_C1, targets_NK[rows], grad_NK[rows], ctx.temperature)
             if dxa_NR is not None:
                 dxa_NR[rows] = dlogits_CV @ b_VR.float()
             if db_VR is not None:
@@ -138,17 +140,22 @@ def _logits(
     return logits_CV if temperature == 1.0 else logits_CV.div_(temperature)
 
 
-def _gather_normalised(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the targets (0 where ignored), and the log-sum-exp of each row."""
-    lse_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-    logprobs_CK = logits_CV.gather(1, targets_CK.clamp(min=0)) - lse_C1
-    return logprobs_CK.masked_fill(targets_CK == IGNORED, 0.0), lse_C1
+def _score(logits_CV: Tensor, targets_CK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of the targets (0 where ignored), and each row's max and Σ_v exp(z_v − max).
+
+    The memory of the logits then holds exp(z − max): a second [C, V] would cost more time than the arithmetic.
+    """
+    target_CK = logits_CV.gather(1, targets_CK.clamp(min=0))
+    max_C1 = logits_CV.amax(dim=1, keepdim=True)
+    sum_C1 = logits_CV.sub_(max_C1).exp_().sum(dim=1, keepdim=True)
+    logprobs_CK = target_CK - max_C1 - sum_C1.log()
+    return logprobs_CK.masked_fill(targets_CK == IGNORED, 0.0), max_C1, sum_C1
 
 
-def _dlogits(logits_CV: Tensor, lse_C1: Tensor, targets_CK: Tensor, grad_CK: Tensor, temperature: float) -> Tensor:
-    """Σ_k g_k (onehot(target_k) − softmax) / temperature, in the memory of the logits."""
+def _dlogits(exp_CV: Tensor, sum_C1: Tensor, targets_CK: Tensor, grad_CK: Tensor, temperature: float) -> Tensor:
+    """Σ_k g_k (onehot(target_k) − exp / sum) / temperature, in the memory of the exponentials."""
     grad_CK = grad_CK.masked_fill(targets_CK == IGNORED, 0.0) / temperature
-    dlogits_CV = logits_CV.sub_(lse_C1).exp_().mul_(-grad_CK.sum(dim=1, keepdim=True))
+    dlogits_CV = exp_CV.mul_(-grad_CK.sum(dim=1, keepdim=True) / sum_C1)
     return dlogits_CV.scatter_add_(1, targets_CK.clamp(min=0), grad_CK)
 
 

@@ -27,7 +27,7 @@ class RankChecksums(msgspec.Struct):
 
 
 class CheckerAnswer(Success):
-    ranks: list[RankChecksums] = []
+    ranks: tuple[RankChecksums, ...] = ()
     per_engine_checksum: str = ""
 
 
@@ -107,7 +107,7 @@ async def check(request: Request, sampler: Served) -> Response:
     await body(request, schema.CheckerRequest)
     checksums, digest = await result(sampler.engine.call(sampler.receiver.checksums))
     rank = RankChecksums(checksums, digest, {"tp_rank": 0, "tp_size": 1})
-    return encoded(CheckerAnswer(ranks=[rank], per_engine_checksum=digest))
+    return encoded(CheckerAnswer(ranks=(rank,), per_engine_checksum=digest))
 
 
 def _commit(sampler: Sampler, version: str | None, *, flush: bool) -> None:

@@ -1,0 +1,120 @@
+"""Builds the FastAPI app, and serves it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from xorl.config import Config
+from xorl.errors import XorlError
+from xorl.server import tinker
+from xorl.server.checkpoints import Checkpoints
+from xorl.server.endpoints import Endpoints, Receiver
+from xorl.server.futures import Futures
+from xorl.server.gate import Gate
+from xorl.server.metrics import Metrics
+from xorl.server.models import Engine, Models
+from xorl.server.plane import ControlPlane
+from xorl.server.routes import checkpoints, health, inference, models, training
+from xorl.server.sampling import Sampling
+from xorl.server.store import Store
+from xorl.sync import receiver
+
+EXPIRY_INTERVAL_S = 60.0
+
+NOT_IN_ERRORS = ("body", "query", "path", "forward_backward_input", "forward_input", "Tensor", "list[any]")
+"""Parts of a validation error's place that say nothing to the caller."""
+
+
+def serve(config: Config) -> None:
+    """Run the server until it is told to stop."""
+    from xorl.engine.client import EngineClient
+
+    app = create_app(config, EngineClient(config))
+    uvicorn.run(app, host=config.http.host, port=config.http.port, log_level="warning", timeout_graceful_shutdown=5)
+
+
+def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Receiver] = receiver.Receiver) -> FastAPI:
+    """The control plane over an engine, which it starts and stops."""
+    plane = _assemble(config, engine, connect)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        sweeping = asyncio.create_task(_remove_expired(plane.checkpoints))
+        yield
+        sweeping.cancel()
+        await engine.stop()
+        await plane.sampling.close()
+        plane.store.close()
+
+    app = FastAPI(title="xorl", description="Training server for RL on language models", lifespan=lifespan)
+    app.state.plane = plane
+    app.router.routes.append(training.protobuf_route)  # before the JSON route of the same path
+    for router in (training.router, models.router, checkpoints.router, inference.router, health.router, tinker.router):
+        app.include_router(router)
+    app.add_exception_handler(XorlError, _xorl_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(Gate, api_key=config.http.api_key, metrics=plane.metrics)
+    return app
+
+
+def _assemble(config: Config, engine: Engine, connect: Callable[[str, int], Receiver]) -> ControlPlane:
+    metrics = Metrics()
+    store = Store(config.engine.output_dir / "xorl.db")
+    kept = Checkpoints(config.engine.output_dir, store)
+    endpoints = Endpoints(config.http.inference_hosts, connect)
+    return ControlPlane(
+        config=config,
+        engine=engine,
+        models=Models(engine, store, metrics),
+        futures=Futures(config.http.retrieve_hold_s, config.http.future_ttl_s),
+        checkpoints=kept,
+        endpoints=endpoints,
+        sampling=Sampling(endpoints, kept, config.sync.max_sampler_adapters),
+        store=store,
+        metrics=metrics,
+    )
+
+
+async def _remove_expired(kept: Checkpoints) -> None:
+    while True:
+        kept.remove_expired()
+        await asyncio.sleep(EXPIRY_INTERVAL_S)
+
+
+def _refuse(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status)
+
+
+async def _xorl_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, XorlError)
+    return _refuse(error.status, str(error))
+
+
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return _refuse(error.status_code, error.detail)
+
+
+async def _validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problem = min(error.errors(), key=lambda one: one["type"] != "missing")  # any one will do
+    place = _place(problem["loc"])
+    if problem["type"] == "json_invalid":
+        return _refuse(400, f"body: not JSON: {problem['ctx']['error']}")
+    if problem["type"] == "missing":
+        return _refuse(422, f"{place or 'body'}: missing")
+    return _refuse(400, f"{place or 'body'}: {problem['msg'].removeprefix('Value error, ')}")
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """data[3].loss_fn_inputs.weights"""
+    parts = [part for part in location if part not in NOT_IN_ERRORS]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
