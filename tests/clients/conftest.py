@@ -38,6 +38,13 @@ def sampler(tiny_model: Path, logs: Path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def fresh_sampler(tiny_model: Path, logs: Path) -> Iterator[str]:
+    """URL of a `xorl sampler` whose own weights a test may change."""
+    with running(logs / "fresh-sampler.log", "sampler", "--model", str(tiny_model)) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 def _numbers() -> Iterator[int]:
     return itertools.count()

@@ -23,12 +23,12 @@ def service(trainer: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tinker.Se
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
     client = tinker.ServiceClient(base_url=trainer, api_key="tml-test")
     yield client
-    client.close()
+    client.close("success").result()
 
 
 @pytest.fixture
 def client(service: tinker.ServiceClient, tiny_model: Path) -> tinker.TrainingClient:
-    return service.create_lora_training_client(tiny_model.name, rank=4, seed=3, train_unembed=False)
+    return service.create_lora_training_client(tiny_model.name, rank=4, seed=3, train_unembed=False).result()
 
 
 def data(seed: int = 0, lengths: tuple[int, ...] = (6, 11, 3), **inputs: list[np.ndarray]) -> list[types.Datum]:
@@ -105,7 +105,7 @@ def test_loss_config_arrives(client: tinker.TrainingClient) -> None:
 def test_a_custom_loss(client: tinker.TrainingClient) -> None:
     def square(batch: list[types.Datum], values: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         loss = sum((value**2).sum() for value in values)
-        return loss, {"square": float(loss)}
+        return loss, {"square": loss.item()}
 
     first = client.forward_backward_custom(data(), square).result().metrics["square"]
     for _ in range(8):
@@ -153,13 +153,13 @@ def test_a_new_model_starts_from_state(
         if with_optimizer
         else service.create_training_client_from_state
     )
-    resumed = create(path)
+    resumed = create(path).result()
     assert logprobs(resumed.forward(batch, "cross_entropy").result()) == saved
     assert resumed.get_info().model_data.model_name
 
 
 def test_default_options_train_the_unembedding_too(service: tinker.ServiceClient, tiny_model: Path) -> None:
-    client = service.create_lora_training_client(tiny_model.name, rank=2)
+    client = service.create_lora_training_client(tiny_model.name, rank=2).result()
     losses = [step(client, data(weights=ones())) for _ in range(6)]
     assert losses[-1] < losses[0]
 
@@ -174,10 +174,10 @@ def test_errors_name_their_field_and_harm_nothing(client: tinker.TrainingClient)
     assert client.optim_step(ADAM).result().metrics["grad_norm"] > 0
 
 
-def test_rest_reads(service: tinker.ServiceClient, client: tinker.TrainingClient, tiny_model: Path) -> None:
+def test_rest_reads(client: tinker.TrainingClient, trainer: str, tiny_model: Path) -> None:
     path = client.save_state("a").result().path
     sampling = client.save_weights_for_sampler("b").result().path
-    rest = service.create_rest_client()
+    rest = tinker.RestClient(base_url=trainer, api_key="tml-test")
     info = client.get_info()
     run = rest.get_training_run(info.model_id).result()
     assert (run.training_run_id, run.lora_rank) == (info.model_id, 4)
@@ -188,7 +188,7 @@ def test_rest_reads(service: tinker.ServiceClient, client: tinker.TrainingClient
     assert any(row.tinker_path == path for row in rest.list_user_checkpoints().result().checkpoints)
     rest.delete_checkpoint_from_tinker_path(path).result()
     assert [row.tinker_path for row in rest.list_checkpoints(info.model_id).result().checkpoints] == [sampling]
-    models = service.get_server_capabilities().supported_models
+    models = rest.get_server_capabilities().result().supported_models
     assert tiny_model.name in [model.model_name for model in models]
     assert rest.list_sessions().result().sessions
 
@@ -216,7 +216,7 @@ def trained_logprobs(client: tinker.TrainingClient, tokens: list[int]) -> list[f
 def test_sampling_from_the_trained_weights(client: tinker.TrainingClient) -> None:
     for _ in range(3):
         step(client, data(weights=ones()))
-    sampling = client.save_weights_and_get_sampling_client()
+    sampling = client.save_weights_and_get_sampling_client().result()
     prompt = types.ModelInput.from_ints([5, 9, 2, 17])
     params = types.SamplingParams(max_tokens=6, temperature=1.0, seed=11, stop=[])
     response = sampling.sample(prompt, num_samples=3, sampling_params=params).result()
@@ -238,8 +238,8 @@ def test_sampling_clients_from_a_path_and_from_the_base(
     for _ in range(3):
         step(client, data(weights=ones()))
     path = client.save_weights_for_sampler("policy").result().path
-    sampling = service.create_sampling_client(model_path=path)
+    sampling = service.create_sampling_client(model_path=path).result()
     prompt = [5, 9, 2, 17, 8]
     trained = sampling.compute_logprobs(types.ModelInput.from_ints(prompt)).result()[1:]
     np.testing.assert_allclose(trained, trained_logprobs(client, prompt), atol=2e-4)
-    assert service.create_sampling_client(base_model=tiny_model.name)
+    assert service.create_sampling_client(base_model=tiny_model.name).result()

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -267,14 +268,13 @@ def test_full_weights(full_trainer: str, tiny_model: Path) -> None:
         assert logprobs(resumed.forward(data()).result()) == saved
 
 
-@pytest.fixture
-def registered(create: Callable[..., xorl_client.TrainingClient], sampler: str) -> Iterator[xorl_client.TrainingClient]:
-    """A client of `default`, the model that a sync without a model_id means, whose server knows the sampler."""
-    client, address = create("default"), urlsplit(sampler)
+@contextmanager
+def registered(client: xorl_client.TrainingClient, sampler: str) -> Iterator[None]:
+    """The client's server knows the sampler."""
+    address = urlsplit(sampler)
     assert client.add_inference_endpoint(address.hostname, address.port).result().success
-    yield client
+    yield
     assert client.remove_inference_endpoint(address.hostname, address.port).result().success
-    client.unload().result()
 
 
 def served_logprobs(sampler: str, tokens: list[int], **options: object) -> list[float]:
@@ -299,30 +299,44 @@ def check_served(sampler: str, client: xorl_client.TrainingClient, **options: ob
         np.testing.assert_allclose(served_logprobs(sampler, tokens, **options), ours, atol=2e-4)
 
 
-def test_synced_weights_are_served(registered: xorl_client.TrainingClient, sampler: str) -> None:
-    for _ in range(2):
-        step(registered, data())
-        report = registered.sync_inference_weights(master_port=0).result()
-        assert report.success
-        check_served(sampler, registered)
-    assert len(registered.list_inference_endpoints().result().endpoints) == 1
+def test_synced_weights_are_served(create: Callable[..., xorl_client.TrainingClient], fresh_sampler: str) -> None:
+    client = create("default")  # the model that a sync without a model_id means
+    with registered(client, fresh_sampler):
+        for _ in range(2):
+            step(client, data())
+            report = client.sync_inference_weights(master_port=0).result()
+            assert report.success
+            check_served(fresh_sampler, client)
+        assert len(client.list_inference_endpoints().result().endpoints) == 1
+    client.unload().result()
+
+
+def test_synced_full_weights_are_served(full_trainer: str, tiny_model: Path, fresh_sampler: str) -> None:
+    with xorl_client.ServiceClient(base_url=full_trainer) as service:
+        client = service.create_training_client(tiny_model.name)
+        with registered(client, fresh_sampler):
+            step(client, data())
+            assert client.sync_inference_weights(master_port=0).result().success
+            check_served(fresh_sampler, client)
 
 
 def test_a_sampling_client_samples_from_the_adapter(
-    registered: xorl_client.TrainingClient, service: xorl_client.ServiceClient, sampler: str
+    create: Callable[..., xorl_client.TrainingClient], service: xorl_client.ServiceClient, sampler: str
 ) -> None:
-    step(registered, data())
-    path = registered.save_weights_for_sampler("policy").result().path
-    sampling = service.create_sampling_client(base_url=sampler, model_path=path)
-    check_served(sampler, registered, lora_path="policy")
-    response = sampling.sample(
-        prompt=types.ModelInput.from_ints([5, 9, 2, 17]),
-        num_samples=2,
-        sampling_params=types.SamplingParams(max_tokens=5, temperature=1.0),
-    ).result()
-    assert len(response.sequences) == 2
-    assert all(len(s.tokens) == len(s.logprobs) for s in response.sequences)
-    step(registered, data())
-    registered.save_weights_for_sampler("policy").result()
-    service.create_sampling_client(base_url=sampler, model_path=path)
-    check_served(sampler, registered, lora_path="policy")
+    client = create()
+    with registered(client, sampler):
+        step(client, data())
+        path = client.save_weights_for_sampler("policy").result().path
+        sampling = service.create_sampling_client(base_url=sampler, model_path=path)
+        check_served(sampler, client, lora_path="policy")
+        response = sampling.sample(
+            prompt=types.ModelInput.from_ints([5, 9, 2, 17]),
+            num_samples=2,
+            sampling_params=types.SamplingParams(max_tokens=5, temperature=1.0),
+        ).result()
+        assert len(response.sequences) == 2
+        assert all(len(s.tokens) == len(s.logprobs) for s in response.sequences)
+        step(client, data())
+        client.save_weights_for_sampler("policy").result()
+        service.create_sampling_client(base_url=sampler, model_path=path)
+        check_served(sampler, client, lora_path="policy")

@@ -271,7 +271,7 @@ def test_a_refused_flush_is_a_remark(start, sync):
 
 
 def test_what_cannot_be_sent_is_refused_by_name(sync):
-    with pytest.raises(InvalidRequest, match="^quantization: FP8 sync is not available yet"):
+    with pytest.raises(InvalidRequest, match=r"^quantization: FP8 sync is not available yet"):
         sync.push(command(quantization={"method": "fp8"}), model(0))
     with pytest.raises(InvalidRequest, match=r"^a.weight: torch.float16 cannot be synced"):
         sync.push(command(), [Value("a.weight", torch.zeros(2, dtype=torch.float16))])

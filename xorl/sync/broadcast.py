@@ -138,11 +138,13 @@ class GroupHost:
         return _make_group(store, 0, world_size, group_name, backend, self._timeout_s, self.address)
 
     def dismiss(self, num_guests: int) -> None:
-        """Close as soon as that many members are waiting: who finds the door closed keeps knocking until its timeout."""
+        """Close as soon as that many members are waiting; one who came later would try for its whole timeout."""
         deadline = time.monotonic() + self._timeout_s
-        while self._num_connections() < num_guests + OWN_CONNECTIONS and time.monotonic() < deadline:
+        while self._store is not None and time.monotonic() < deadline:
+            if self._num_connections() >= num_guests + OWN_CONNECTIONS:
+                time.sleep(SETTLING_S)
+                break
             time.sleep(0.02)
-        time.sleep(SETTLING_S)
         self.close()
 
     def close(self) -> None:

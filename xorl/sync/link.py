@@ -147,7 +147,7 @@ class Link:
         owned = [self._broadcast, self._group]
         del self._broadcast, self._group
         self._host.close()
-        threading.Thread(target=owned.clear, name="sync-hang-up", daemon=True).start()  # may wait for the wire
+        threading.Thread(target=owned.clear, name="sync-hang-up").start()  # may have to wait for the wire
 
 
 class Answers:
