@@ -250,7 +250,8 @@ async def test_failures_are_results(sampled):
     assert "paused" in failed["error"]
     await server.post("/remove_inference_endpoint", {"host": "127.0.0.1", "port": await first_port(server)})
     failed = await server.do("asample", asked(session, seq_id=1))
-    assert failed == {"error": "there is no inference endpoint to sample from", "category": "user"}
+    assert failed["category"] == "user"
+    assert "no inference endpoint" in failed["error"]
     await server.refused("asample", asked("s1:sample:99"), 404)
 
 

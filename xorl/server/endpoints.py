@@ -9,7 +9,7 @@ import msgspec
 
 from xorl.engine.commands import Endpoint as SyncTarget
 from xorl.engine.commands import SyncReport
-from xorl.server.schema import AddEndpointRequest, EndpointRow, Quantization
+from xorl.server.schema_inference import AddEndpointRequest, EndpointRow, Quantization
 from xorl.sync.receiver import ReceiverError, ServerInfo
 
 

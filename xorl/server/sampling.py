@@ -14,7 +14,7 @@ from xorl.server.answers import SampleAnswer
 from xorl.server.checkpoints import CheckpointRef, Checkpoints
 from xorl.server.datums import prompt_tokens
 from xorl.server.endpoints import Endpoint, Endpoints, Weights
-from xorl.server.schema import SampleRequest
+from xorl.server.schema_inference import SampleRequest
 from xorl.server.tinker_proto import SampledSequence
 from xorl.sync.receiver import ReceiverError
 
@@ -172,7 +172,8 @@ class Sampling:
         """Sample from one endpoint; the next one gets its chance where one does not answer."""
         if weights is not None:
             await self._touch(model_id, weights)
-        problem: XorlError = InvalidRequest("there is no inference endpoint to sample from")
+        reason = "all of them missed the last weight sync" if len(self._endpoints) else "POST /add_inference_endpoint"
+        problem: XorlError = InvalidRequest(f"there is no inference endpoint to sample from: {reason}")
         for endpoint in self._endpoints.usable():
             try:
                 if weights is not None:

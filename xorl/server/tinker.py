@@ -13,6 +13,7 @@ from xorl.server.plane import ControlPlane, Digest, Plane
 from xorl.server.requests import StrictRoute
 from xorl.server.routes.inference import known_sampler
 from xorl.server.sampling import Weights
+from xorl.server.schema_inference import SampleRef, SampleRequest
 
 router = APIRouter(prefix="/api/v1", tags=["tinker"], route_class=StrictRoute)
 
@@ -63,8 +64,8 @@ async def get_info(body: InfoRequest, plane: Plane) -> dict[str, Any]:
 async def get_server_capabilities(plane: Plane) -> dict[str, list[dict[str, Any]]]:
     info = plane.models.info
     sampleable = len(plane.endpoints) > 0
-    model = {"model_name": info.names[0], "max_context_length": info.max_context_length}
-    return {"supported_models": [model | {"trainable": True, "sampleable": sampleable}]}
+    able = {"max_context_length": info.max_context_length, "trainable": True, "sampleable": sampleable}
+    return {"supported_models": [{"model_name": name} | able for name in info.names]}
 
 
 @router.get("/sessions")
@@ -87,7 +88,7 @@ async def sampler(sampler_id: str, plane: Plane) -> dict[str, str | None]:
 
 
 @router.post("/asample")
-async def asample(body: schema.SampleRequest, plane: Plane, content: Digest) -> schema.SampleRef:
+async def asample(body: SampleRequest, plane: Plane, content: Digest) -> SampleRef:
     """Sample from the inference endpoints, in turn; sample i of a request with a seed has seed + i."""
     prompt = plane.sampling.check(body, plane.models.info)
     model_id, weights = _sampled_weights(plane, body)
@@ -97,10 +98,10 @@ async def asample(body: schema.SampleRequest, plane: Plane, content: Digest) -> 
         request_id = plane.futures.add(plane.sampling.sample(prompt, body.num_samples, seed, model_id, weights))
         plane.sampling.repeats.accept(body.sampling_session_id, body.seq_id, content, request_id)
     ids = [f"{request_id}-{i}" for i in range(body.num_samples)]
-    return schema.SampleRef(request_id=request_id, sample_sequence_ids=ids)
+    return SampleRef(request_id=request_id, sample_sequence_ids=ids)
 
 
-def _sampled_weights(plane: ControlPlane, body: schema.SampleRequest) -> tuple[str, Weights | None]:
+def _sampled_weights(plane: ControlPlane, body: SampleRequest) -> tuple[str, Weights | None]:
     """Whose weights to sample with; None for what the endpoints serve by themselves."""
     path, base_model = body.model_path, body.base_model
     if body.sampling_session_id is not None:

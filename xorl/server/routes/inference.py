@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from xorl.engine.commands import SyncReport, SyncWeights
 from xorl.errors import InvalidRequest, UnknownId, XorlError
-from xorl.server import schema
+from xorl.server import schema_inference as wire
 from xorl.server.checkpoints import parse
 from xorl.server.endpoints import sync_target
 from xorl.server.lora import check_base_model
@@ -21,48 +21,48 @@ router = APIRouter(tags=["inference"], route_class=StrictRoute)
 
 
 @router.post("/add_inference_endpoint")
-async def add_inference_endpoint(body: schema.AddEndpointRequest, plane: Plane) -> schema.AddEndpointResponse:
+async def add_inference_endpoint(body: wire.AddEndpointRequest, plane: Plane) -> wire.AddEndpointResponse:
     """Register an inference server that answers; with sync_weights, also give it the weights of `default`."""
     added = await plane.endpoints.add(body)
     if isinstance(added, str):
-        return schema.AddEndpointResponse(success=False, message=added)
+        return wire.AddEndpointResponse(success=False, message=added)
     if not body.sync_weights:
-        return schema.AddEndpointResponse(success=True, message="added", endpoint=added.row())
-    transport = body.model_dump(include=set(schema.SyncTransport.model_fields))
-    synced = await _sync(plane, schema.SyncRequest(model_id=DEFAULT, **transport))
-    return schema.AddEndpointResponse(
+        return wire.AddEndpointResponse(success=True, message="added", endpoint=added.row())
+    transport = body.model_dump(include=set(wire.SyncTransport.model_fields))
+    synced = await _sync(plane, wire.SyncRequest(model_id=DEFAULT, **transport))
+    return wire.AddEndpointResponse(
         success=True, message="added", endpoint=added.row(), weights_synced=synced.success, sync_message=synced.message
     )
 
 
 @router.post("/remove_inference_endpoint")
-async def remove_inference_endpoint(body: schema.EndpointAddress, plane: Plane) -> schema.RemoveEndpointResponse:
+async def remove_inference_endpoint(body: wire.EndpointAddress, plane: Plane) -> wire.RemoveEndpointResponse:
     removed = plane.endpoints.remove(body.host, body.port)
     message = "removed" if removed else f"{body.host}:{body.port} is not registered"
-    return schema.RemoveEndpointResponse(success=removed, message=message)
+    return wire.RemoveEndpointResponse(success=removed, message=message)
 
 
 @router.get("/list_inference_endpoints")
-async def list_inference_endpoints(plane: Plane) -> schema.EndpointRows:
+async def list_inference_endpoints(plane: Plane) -> wire.EndpointRows:
     """All endpoints, asked for their health now. `stale`: the last weight sync did not reach it whole."""
     await plane.endpoints.probe()
     rows = [endpoint.row() for endpoint in plane.endpoints]
-    return schema.EndpointRows(endpoints=rows, count=len(rows))
+    return wire.EndpointRows(endpoints=rows, count=len(rows))
 
 
 @router.post("/api/v1/sync_inference_weights")
 @router.post("/sync_inference_weights")
-async def sync_inference_weights(body: schema.SyncRequest, plane: Plane) -> schema.SyncResponse:
+async def sync_inference_weights(body: wire.SyncRequest, plane: Plane) -> wire.SyncResponse:
     """Stream a model's merged weights to the endpoints; answers when they have them."""
     return await _sync(plane, body)
 
 
-async def _sync(plane: ControlPlane, body: schema.SyncRequest) -> schema.SyncResponse:
+async def _sync(plane: ControlPlane, body: wire.SyncRequest) -> wire.SyncResponse:
     model = plane.models[body.model_id]
     targets = plane.endpoints.in_pools(body.pools)
     if not targets:
         where = "" if body.pools is None else f" in pools {', '.join(body.pools)}"
-        return schema.SyncResponse(success=False, message=f"there is no inference endpoint{where}")
+        return wire.SyncResponse(success=False, message=f"there is no inference endpoint{where}")
     command = SyncWeights(
         model_id=body.model_id,
         endpoints=[sync_target(endpoint) for endpoint in targets],
@@ -79,20 +79,20 @@ async def _sync(plane: ControlPlane, body: schema.SyncRequest) -> schema.SyncRes
     try:
         report = await plane.models.send(model, command)
     except XorlError as error:
-        return schema.SyncResponse(success=False, message=str(error))
+        return wire.SyncResponse(success=False, message=str(error))
     assert isinstance(report, SyncReport)
     plane.endpoints.mark(report)
     return _sync_response(report)
 
 
-def _sync_response(report: SyncReport) -> schema.SyncResponse:
+def _sync_response(report: SyncReport) -> wire.SyncResponse:
     lines = [
-        schema.EndpointSynced(host=line.host, port=line.port, success=line.success, message=line.message)
+        wire.EndpointSynced(host=line.host, port=line.port, success=line.success, message=line.message)
         for line in report.endpoints
     ]
     num_synced = sum(line.success for line in lines)
     failures = "".join(f"; {line.host}:{line.port}: {line.message}" for line in lines if not line.success)
-    return schema.SyncResponse(
+    return wire.SyncResponse(
         success=num_synced == len(lines),
         message=f"synced {num_synced} of {len(lines)}{failures}",
         transfer_time=report.transfer_time,
@@ -104,14 +104,14 @@ def _sync_response(report: SyncReport) -> schema.SyncResponse:
 
 
 @router.post("/api/v1/set_sync_quantization")
-async def set_sync_quantization(body: schema.QuantizationRequest, plane: Plane) -> schema.QuantizationResponse:
+async def set_sync_quantization(body: wire.QuantizationRequest, plane: Plane) -> wire.QuantizationResponse:
     """Set what later syncs send where they do not say: FP8 in blocks, or null for the model's own dtype."""
     plane.endpoints.quantization = check_quantization(body.quantization)
     message = "weights are sent in the model's dtype" if body.quantization is None else "weights are sent as FP8 blocks"
-    return schema.QuantizationResponse(quantization=body.quantization, message=message)
+    return wire.QuantizationResponse(quantization=body.quantization, message=message)
 
 
-def check_quantization(quantization: schema.Quantization | None) -> schema.Quantization | None:
+def check_quantization(quantization: wire.Quantization | None) -> wire.Quantization | None:
     if quantization is None:
         return None
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size", FP8_BLOCK)
@@ -123,7 +123,7 @@ def check_quantization(quantization: schema.Quantization | None) -> schema.Quant
 
 
 @router.post("/api/v1/create_sampling_session")
-async def create_sampling_session(body: schema.SamplingSessionRequest, plane: Plane) -> dict[str, str | bool]:
+async def create_sampling_session(body: wire.SamplingSessionRequest, plane: Plane) -> dict[str, str | bool]:
     """Load sampler weights on the endpoints; answers xorl-client with their name there, tinker with an id."""
     if body.sampling_session_seq_id is not None:
         return await _create_sampler(plane, body, body.sampling_session_seq_id)
@@ -135,9 +135,7 @@ async def create_sampling_session(body: schema.SamplingSessionRequest, plane: Pl
     return {"success": True, "model_path": body.model_path, "lora_name": weights.name or "", "message": "loaded"}
 
 
-async def _create_sampler(
-    plane: ControlPlane, body: schema.SamplingSessionRequest, number: int
-) -> dict[str, str | bool]:
+async def _create_sampler(plane: ControlPlane, body: wire.SamplingSessionRequest, number: int) -> dict[str, str | bool]:
     session_id = body.session_id or f"s{uuid.uuid4().hex[:16]}"
     base_model = plane.models.info.names[0]
     if body.model_path is not None:

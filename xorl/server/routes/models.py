@@ -1,17 +1,16 @@
 """Serves the life of models and sessions."""
 
+import asyncio
 import time
 import uuid
-from collections.abc import Coroutine
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 
-from xorl.engine.commands import SaveWeights
+from xorl.engine.commands import AnyResult, SaveWeights
 from xorl.errors import InvalidRequest, UnknownId, XorlError
 from xorl.server import schema
-from xorl.server.answers import Answer, JsonAnswer
+from xorl.server.answers import JsonAnswer
 from xorl.server.checkpoints import CheckpointRef, new_name
 from xorl.server.lora import adam_defaults, check_base_model, lora_spec
 from xorl.server.models import DEFAULT, Model
@@ -100,15 +99,15 @@ async def kill_session(body: schema.KillSessionRequest, plane: Plane) -> schema.
     model.forget()
     stays = body.model_id == DEFAULT and (model.lora is None or not body.reset_weights)
     ref = CheckpointRef(body.model_id, "weights", new_name("kill"))
-    pending: list[Coroutine[Any, Any, Answer]] = []
+    steps: list[asyncio.Future[AnyResult]] = []
     if body.save_checkpoint:
         directory = str(plane.checkpoints.directory(ref))
         command = SaveWeights(model_id=body.model_id, directory=directory, name=ref.name)
-        pending.append(then(plane.models.send(model, command), lambda _: JsonAnswer({})))
+        steps.append(plane.models.send(model, command))
     if not stays:
-        pending.append(then(plane.models.unload(model), lambda _: JsonAnswer({})))
+        steps.append(plane.models.unload(model))
     try:
-        for step in pending:
+        for step in steps:
             await step
     except XorlError as error:
         return schema.KillSessionResponse(success=False, message=str(error))

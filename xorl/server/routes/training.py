@@ -67,7 +67,8 @@ class _ProtobufRoute(Route):
         content_type = dict(scope.get("headers", ())).get(b"content-type", b"")
         if not content_type.startswith(PROTOBUF.encode()):
             return Match.NONE, {}
-        return super().matches(scope)
+        match, child_scope = super().matches(scope)
+        return match, {**child_scope, "route": self}
 
 
 protobuf_route = _ProtobufRoute("/api/v1/forward_backward", forward_backward_protobuf, methods=["POST"])
