@@ -88,5 +88,6 @@ def test_a_model_that_is_not_there_ends_the_engine(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path / "nowhere", tmp_path) as engine:
             assert engine.state == "dead"
+            assert engine.failed_to_start
 
     asyncio.run(scenario())

@@ -66,6 +66,16 @@ async def test_health_is_asked_when_listed(server: Server):
     assert not row["healthy"]
 
 
+async def test_a_sync_that_names_no_model_means_the_only_one_and_never_guesses(server: Server):
+    await add(server)
+    await server.create("a")
+    await server.post("/sync_inference_weights", {})
+    assert [command.model_id for command in server.engine.sent(SyncWeights)] == ["a"]
+    await server.create("b")
+    answer = await server.post("/sync_inference_weights", {}, status=400)
+    assert answer["detail"] == "model_id: missing, and several models are live: a, b"
+
+
 @pytest.mark.parametrize("path", ["/sync_inference_weights", "/api/v1/sync_inference_weights"])
 async def test_sync(server: Server, path: str):
     nobody = await server.post(path, {"master_address": "127.0.0.1"})

@@ -23,12 +23,16 @@ def datum(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> types
     """Next-token targets with weight on the answer alone."""
     prompt_tokens = tokenizer.encode(prompt, add_special_tokens=False)
     tokens = prompt_tokens + tokenizer.encode(answer, add_special_tokens=False)
-    weights = np.zeros(len(tokens) - 1, np.float32)
-    weights[len(prompt_tokens) - 1 :] = 1
+    num_answer = len(tokens) - len(prompt_tokens)
+    weights = [0.0] * (len(prompt_tokens) - 1) + [1.0] * num_answer
     return types.Datum(
         model_input=types.ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={"target_tokens": np.array(tokens[1:], np.int64), "weights": weights},
+        loss_fn_inputs={"target_tokens": array(tokens[1:], np.int64), "weights": array(weights, np.float32)},
     )
+
+
+def array(values: list, dtype: type) -> types.TensorData:
+    return types.TensorData.from_numpy(np.array(values, dtype))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -23,8 +24,11 @@ log = structlog.get_logger()
 class EngineClient:
     """Starts the engine, sends it commands in order and hands each result to its own future."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, on_failed_start: Callable[[], None] = lambda: None) -> None:
+        """`on_failed_start` is called if the engine ends before it was ready, having said why on stderr."""
         self._config = config
+        self._on_failed_start = on_failed_start
+        self.failed_to_start = False
         self.info: ModelInfo | None = None
         self.state: Literal["starting", "running", "dead"] = "starting"
         self._pending: dict[int, asyncio.Future[AnyResult]] = {}
@@ -54,6 +58,7 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the engine; what it has not finished fails with EngineLost."""
+        self._on_failed_start = lambda: None
         if self._process.returncode is None:
             self._process.terminate()
             try:
@@ -104,7 +109,10 @@ class EngineClient:
     async def _watch(self) -> None:
         code = await self._process.wait()
         log.error("engine ended", exit_code=code)
+        self.failed_to_start = self.state == "starting"
         self._lose(f"the engine process ended with exit code {code}")
+        if self.failed_to_start:
+            self._on_failed_start()
 
     def _lose(self, reason: str) -> None:
         self.state = "dead"

@@ -1,7 +1,7 @@
 """Turns what is trained into full tensors under their Hugging Face names, LoRA merged, one at a time."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from xorl.errors import InvalidRequest
 from xorl.types import UNEMBEDDING
 
 
-class Exported(NamedTuple):
+@dataclass(frozen=True)
+class Exported:
     """A tensor that inference servers know by `name`; `produce` makes its current value, in `dtype`."""
 
     name: str

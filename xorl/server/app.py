@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import structlog
@@ -35,12 +36,22 @@ log = structlog.get_logger()
 
 
 def serve(config: Config) -> None:
-    """Run the server until it is told to stop."""
+    """Run the server until it is told to stop, or the engine turns out unable to start."""
     from xorl.engine.client import EngineClient
 
-    app = create_app(config, EngineClient(config))
-    log.info("listening", url=f"http://{config.http.host}:{config.http.port}")
-    uvicorn.run(app, host=config.http.host, port=config.http.port, log_level="warning", timeout_graceful_shutdown=5)
+    def stop() -> None:
+        server.should_exit = True
+
+    engine = EngineClient(config, on_failed_start=stop)
+    host, port = config.http.host, config.http.port
+    options = uvicorn.Config(
+        create_app(config, engine), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(options)
+    log.info("listening", url=f"http://{host}:{port}")
+    server.run()
+    if engine.failed_to_start:
+        sys.exit(1)
 
 
 def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Receiver] = receiver.Receiver) -> FastAPI:

@@ -122,6 +122,17 @@ class Models:
         model = self._models.get(model_id)
         return model if model and model.created else None
 
+    def unnamed(self) -> Model:
+        """The model that a call means which names none, as xorl-client's syncs do: the only live one, else `default`.
+
+        Raises:
+            InvalidRequest: several models are live and `default` is not.
+        """
+        live = {model.model_id: model for model in self.live()}
+        if len(live) > 1 and DEFAULT not in live:
+            raise InvalidRequest(f"model_id: missing, and several models are live: {', '.join(live)}")
+        return next(iter(live.values())) if len(live) == 1 else self[DEFAULT]
+
     def create(
         self, model_id: str, lora: LoraSpec | None, adam: AdamParams, user_metadata: dict[str, str] | None = None
     ) -> Model:

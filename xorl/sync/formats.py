@@ -1,7 +1,7 @@
 """Says what goes on the wire for each weight of a model."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -29,12 +29,8 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def produce(self) -> "Producer": ...
-
-
-class Producer(Protocol):
-    def __call__(self) -> Tensor:
-        """The value it has now, in its dtype and shape; the caller only reads it."""
+    def produce(self) -> Callable[[], Tensor]:
+        """Makes the value that the weight has now, in its dtype and shape; the caller only reads it."""
         ...
 
 

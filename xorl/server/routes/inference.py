@@ -58,13 +58,13 @@ async def sync_inference_weights(body: wire.SyncRequest, plane: Plane) -> wire.S
 
 
 async def _sync(plane: ControlPlane, body: wire.SyncRequest) -> wire.SyncResponse:
-    model = plane.models[body.model_id]
+    model = plane.models[body.model_id] if "model_id" in body.model_fields_set else plane.models.unnamed()
     targets = plane.endpoints.in_pools(body.pools)
     if not targets:
         where = "" if body.pools is None else f" in pools {', '.join(body.pools)}"
         return wire.SyncResponse(success=False, message=f"there is no inference endpoint{where}")
     command = SyncWeights(
-        model_id=body.model_id,
+        model_id=model.model_id,
         endpoints=[sync_target(endpoint) for endpoint in targets],
         master_address=body.master_address,
         master_port=body.master_port,
