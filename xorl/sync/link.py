@@ -7,7 +7,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from xorl.engine.commands import Endpoint
 from xorl.sync.broadcast import BucketBroadcast, GroupHost, bucket_broadcast
@@ -45,15 +44,13 @@ class Link:
         members: Members,
         name: str,
         host: GroupHost,
-        group: ProcessGroup,
         broadcast: BucketBroadcast,
         joined: "Answers",
     ) -> None:
         self.members = members
         self._name = name
         self._host = host
-        self._group = group
-        self._broadcast = broadcast
+        self._wire: list[BucketBroadcast] = [broadcast]  # owns the group; empty once we hung up
         self._answers = joined
 
     @classmethod
@@ -91,7 +88,7 @@ class Link:
             raise answers.blame(f"the update group did not form: {error}", lenient=lenient) from None
         answers.check()
         broadcast = bucket_broadcast(group, device, WIRE_SHARE * timeout_s)
-        return cls(members, name, host, group, broadcast, answers)
+        return cls(members, name, host, broadcast, answers)
 
     def slot(self, num_bytes: int) -> Tensor:
         """The buffer to fill for the next `send`.
@@ -99,7 +96,7 @@ class Link:
         Raises:
             RuntimeError: what is on the wire has failed; `settle` tells why.
         """
-        return self._broadcast.slot(num_bytes)
+        return self._wire[0].slot(num_bytes)
 
     def send(self, bucket: Bucket, data: Tensor, targets: Targets) -> None:
         """Announce a bucket and start its broadcast; the one before must be settled.
@@ -113,15 +110,13 @@ class Link:
             shapes=[spec.shape for spec in bucket.tensors],
         )
 
-        broadcast = self._broadcast  # gone from here once we hang up
-
         def announce(target: Target) -> None:
             target.touched = True
             target.receiver.receive_bucket(tensors, self._name)
 
-        self._answers = Answers(targets, announce, on_failure=lambda _: broadcast.abort())
+        self._answers = Answers(targets, announce, on_failure=self._abort)
         with contextlib.suppress(RuntimeError):  # `settle` meets it again
-            self._broadcast.send(data)
+            self._wire[0].send(data)
 
     def settle(self, *, lenient: bool) -> None:
         """Wait until everything sent is loaded.
@@ -130,7 +125,7 @@ class Link:
             LinkFailed: somebody did not receive or could not load it.
         """
         try:
-            self._broadcast.finish()
+            self._wire[0].finish()
         except RuntimeError as error:
             self._hang_up()
             raise self._answers.blame(str(error), lenient=lenient) from None
@@ -142,12 +137,14 @@ class Link:
             targets.each(lambda target: target.receiver.leave_group(self._name))
         self._hang_up()
 
+    def _abort(self, _: Sequence[Target]) -> None:
+        for broadcast in self._wire:
+            broadcast.abort()
+
     def _hang_up(self) -> None:
-        """Let go of the group. The receivers see it closed, at the latest when what is on the wire has timed out."""
-        owned = [self._broadcast, self._group]
-        del self._broadcast, self._group
+        """Let go of the group, so that the receivers see it closed: at once, or when what is on the wire times out."""
         self._host.close()
-        threading.Thread(target=owned.clear, name="sync-hang-up").start()  # may have to wait for the wire
+        threading.Thread(target=self._wire.clear, name="sync-hang-up").start()  # may have to wait for the wire
 
 
 class Answers:

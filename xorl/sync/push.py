@@ -100,16 +100,14 @@ class WeightSync:
             return self._link
         self.close()
         name = command.group_name
-        if (
-            not first or self._failed_before
-        ):  # receivers may still have that group, and to destroy a failed one can hang
+        if not first or self._failed_before:
+            # Receivers may still have the group of that name, and to destroy one that failed can hang them.
             name = f"{name}-{secrets.token_hex(4)}"
         try:
             self._link = Link.open(members, name, targets, self._device, self._timeout_s, lenient=first)
         except OSError as error:
-            raise InvalidRequest(
-                f"master_address, master_port: cannot listen at {address}:{members.port}: {error}"
-            ) from None
+            where = f"{address}:{members.port}"
+            raise InvalidRequest(f"master_address, master_port: cannot listen at {where}: {error}") from None
         return self._link
 
 
