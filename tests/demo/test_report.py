@@ -14,7 +14,11 @@ def test_the_end_shows_both_accuracies_and_the_plot(tmp_path: Path, capsys: pyte
     with Report("a model", num_steps, tmp_path) as report:
         report.add(0.25)
         for step in range(1, num_steps + 1):
-            report.add(StepReport(step, reward=step / num_steps, kl=0.0, grad_norm=1.0, sync_seconds=0.1))
+            report.add(
+                StepReport(
+                    step, reward=step / num_steps, kl=0.0, grad_norm=1.0, rollout_s=1.0, update_s=2.0, sync_s=0.5
+                )
+            )
         report.add(0.75)
         report.finish(12.0)
     shown = capsys.readouterr().out

@@ -1,4 +1,4 @@
-from xorl.demo.task import EXAMPLES, NUM_HELD_OUT, Problem, problems
+from xorl.demo.task import EXAMPLES, NUM_HELD_OUT, SHOWN, Problem, problems
 
 
 def test_only_the_sum_alone_on_its_line_is_rewarded():
@@ -16,6 +16,10 @@ def test_the_examples_are_right_in_themselves():
     for line in EXAMPLES.splitlines():
         question, answer = line.split("=")
         assert sum(map(int, question.split("+"))) == int(answer)
+
+
+def test_the_examples_are_neither_trained_on_nor_asked():
+    assert not {*SHOWN} & {(problem.a, problem.b) for problem in [*problems()[0], *problems()[1]]}
 
 
 def test_held_out_problems_are_never_trained_on():

@@ -39,7 +39,8 @@ class Report:
             self._steps.append(event)
             self._progress.console.print(
                 f"step {event.step:3}  reward {event.reward:.2f}  KL {event.kl:+.1e}  "
-                f"grad norm {event.grad_norm:5.2f}  sync {event.sync_seconds:.2f} s"
+                f"grad norm {event.grad_norm:5.2f}  "
+                f"rollout {event.rollout_s:.1f} s, update {event.update_s:.1f} s, sync {event.sync_s:.1f} s"
             )
             self._progress.update(self._task, description="training", completed=event.step)
         else:
@@ -56,7 +57,7 @@ class Report:
             table.add_row(f"{first + 1}-{first + len(part)}", f"{mean(part):.2f}  " + "█" * round(40 * mean(part)))
         before, after = self._accuracies[0], self._accuracies[-1]
         path = self._output / "rewards.png"
-        plot_rewards(rewards, f"{self._model}, two-digit sums", path)
+        plot_rewards(rewards, f"{self._model}, sums below twenty", path)
         self._console.print(table)
         self._console.print(f"held-out accuracy (greedy): {before:.2f} before, {after:.2f} after")
         self._console.print(f"{len(rewards)} steps in {seconds:.0f} s, servers' start included; plot: {path}")

@@ -5,6 +5,7 @@ SGLang's protocol (SGLang itself, or `xorl sampler`).
 """
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,13 +21,16 @@ from xorl.demo.task import Problem, problems
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 30
-    num_problems: int = 16  # a step
+    steps: int = 36
+    num_problems: int = 32  # a step
     group_size: int = 8  # completions of one problem, whose mean reward is the baseline of each
     rank: int = 16
-    learning_rate: float = 1e-3
-    max_new_tokens: int = 4  # three digits and the line's end
+    learning_rate: float = 5e-4  # of the first step; it falls evenly to a tenth at the last
+    max_new_tokens: int = 4  # two digits, the line's end, and one to be wrong with
     seed: int = 0
+
+    def learning_rate_at(self, step: int) -> float:
+        return self.learning_rate * (1 - 0.9 * (step - 1) / max(1, self.steps - 1))
 
 
 class Rollout(NamedTuple):
@@ -45,7 +49,9 @@ class StepReport(NamedTuple):
     reward: float
     kl: float
     grad_norm: float
-    sync_seconds: float
+    rollout_s: float
+    update_s: float
+    sync_s: float
 
 
 class Sampler:
@@ -58,20 +64,16 @@ class Sampler:
         self._line_end = tokenizer.encode("\n", add_special_tokens=False)[-1]
 
     def roll_out(self, batch: Sequence[Problem], group_size: int, temperature: float, seed: int) -> list[list[Rollout]]:
-        """`group_size` completions of each problem."""
-        prompts = [self._tokenizer.encode(problem.prompt, add_special_tokens=False) for problem in batch]
+        """`group_size` completions of each problem, each drawn with a seed of its own."""
+        prompts = [self._tokenizer.encode(problem.prompt) for problem in batch]
+        params = {
+            "temperature": temperature,
+            "max_new_tokens": self._max_new_tokens,
+            "stop_token_ids": [self._line_end],
+        }
         body = {
-            "input_ids": prompts,
-            "sampling_params": [
-                {
-                    "n": group_size,
-                    "temperature": temperature,
-                    "max_new_tokens": self._max_new_tokens,
-                    "stop_token_ids": [self._line_end],
-                    "sampling_seed": seed + i,
-                }
-                for i in range(len(batch))
-            ],
+            "input_ids": [prompt for prompt in prompts for _ in range(group_size)],
+            "sampling_params": [{**params, "sampling_seed": seed + i} for i in range(len(prompts) * group_size)],
             "return_logprob": True,
         }
         answer = self._http.post("/generate", json=body)
@@ -106,9 +108,12 @@ def train(
         yield accuracy(sampler, held_out)
         for step in range(1, settings.steps + 1):
             batch = rng.sample(training, settings.num_problems)
-            groups = sampler.roll_out(batch, settings.group_size, temperature=1.0, seed=rng.randrange(2**31))
+            start = time.monotonic()
+            groups = sampler.roll_out(batch, settings.group_size, temperature=1.0, seed=rng.randrange(2**30))
+            rolled_out = time.monotonic()
             data = [datum for group in groups for datum in datums(group)]
-            metrics, grad_norm = update(client, data, settings.learning_rate) if data else ({}, 0.0)
+            metrics, grad_norm = update(client, data, settings.learning_rate_at(step)) if data else ({}, 0.0)
+            updated = time.monotonic()
             synced = client.sync_inference_weights(master_port=0).result()
             if not synced.success:
                 raise RuntimeError(f"the weights did not reach the sampler: {synced.message}")
@@ -117,7 +122,9 @@ def train(
                 reward=mean([rollout.reward for group in groups for rollout in group]),
                 kl=metrics.get("kl_sample_train_k3:mean", 0.0),
                 grad_norm=grad_norm,
-                sync_seconds=synced.transfer_time,
+                rollout_s=rolled_out - start,
+                update_s=updated - rolled_out,
+                sync_s=time.monotonic() - updated,
             )
         yield accuracy(sampler, held_out)
 

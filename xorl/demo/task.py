@@ -1,9 +1,10 @@
-"""The demo's task: two-digit plus one-digit addition, whose reward anyone can check."""
+"""The demo's task: sums of two numbers below twenty, whose reward anyone can check."""
 
 import random
 from typing import NamedTuple
 
-EXAMPLES = "23+4=27\n58+5=63\n"
+SHOWN = ((13, 4), (8, 5))
+EXAMPLES = "".join(f"{a}+{b}={a + b}\n" for a, b in SHOWN)
 """What shows the model the form of an answer: the sum and a line's end."""
 
 NUM_HELD_OUT = 64
@@ -24,6 +25,6 @@ class Problem(NamedTuple):
 
 def problems() -> tuple[list[Problem], list[Problem]]:
     """All problems, cut into those to train on and those held out; the same cut in every run."""
-    every = [Problem(a, b) for a in range(10, 100) for b in range(1, 10)]
+    every = [Problem(a, b) for a in range(20) for b in range(20) if (a, b) not in SHOWN]
     random.Random(0).shuffle(every)
     return every[NUM_HELD_OUT:], every[:NUM_HELD_OUT]
