@@ -27,9 +27,9 @@ def test_position_i_is_trained_on_token_i_plus_one_and_the_prompt_is_not():
     first, second = datums([rollout([8, 3], 1.0), rollout([9], 0.0)])
     assert first.model_input.to_ints() == [5, 6, 7, 8]
     assert {name: value.data for name, value in first.loss_fn_inputs.items()} == {
-        "target_tokens": [6, 7, 8, 3],
+        "target_tokens": [-100, -100, 8, 3],
         "logprobs": [0.0, 0.0, -0.5, -1.5],
         "advantages": [0.0, 0.0, 0.5, 0.5],
     }
     assert second.model_input.to_ints() == PROMPT
-    assert second.loss_fn_inputs["target_tokens"].data == [6, 7, 9]
+    assert second.loss_fn_inputs["target_tokens"].data == [-100, -100, 9]

@@ -19,6 +19,10 @@ from xorl_client import types
 from xorl.demo.task import Problem, problems
 
 
+IGNORED = -100
+"""A target that costs nothing and has no gradient: the prompt is not trained on."""
+
+
 @dataclass(frozen=True)
 class Settings:
     steps: int = 36
@@ -136,11 +140,11 @@ def datums(group: Sequence[Rollout]) -> Iterator[types.Datum]:
         advantage = rollout.reward - baseline
         if advantage:
             tokens = rollout.prompt + rollout.completion
-            prompt_zeros = [0.0] * (len(rollout.prompt) - 1)  # the prompt is not trained on
+            prompt_zeros = [0.0] * (len(rollout.prompt) - 1)
             yield types.Datum(
                 model_input=types.ModelInput.from_ints(tokens[:-1]),
                 loss_fn_inputs={
-                    "target_tokens": tensor(tokens[1:], "int64"),
+                    "target_tokens": tensor([IGNORED] * len(prompt_zeros) + rollout.completion, "int64"),
                     "logprobs": tensor(prompt_zeros + rollout.logprobs, "float32"),
                     "advantages": tensor(prompt_zeros + [advantage] * len(rollout.completion), "float32"),
                 },
