@@ -38,6 +38,9 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+bench: $(STAMP)
+	$(BIN)/python -m bench.logprobs --small
+
 demo: $(STAMP)
 	$(BIN)/xorl demo --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
 
