@@ -1,6 +1,7 @@
 """What training commands do to a model, held against plain PyTorch."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -422,3 +423,15 @@ def test_importance_sampling_at_its_own_policy_has_ratio_one(engine: Engine) -> 
     assert result.metrics["ratio_mean:mean"] == pytest.approx(1, abs=1e-6)
     assert result.metrics["kl_sample_train_k3:mean"] == pytest.approx(0, abs=1e-6)
     assert result.metrics["loss:sum"] == pytest.approx(9 - 6, abs=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"sliding_window": 8, "use_sliding_window": True}, {"logit_scale": 0.5}])
+def test_a_model_that_computes_otherwise_is_refused_by_name(
+    new_engine: NewEngine, tmp_path: Path, setting: dict[str, object]
+) -> None:
+    path = save_tiny_model(tmp_path / "other", "qwen2")
+    config = json.loads((path / "config.json").read_text())
+    del config["layer_types"]
+    (path / "config.json").write_text(json.dumps({**config, "max_window_layers": 0, **setting}))
+    with pytest.raises(InvalidRequest, match=str(path)):
+        new_engine(model=str(path))

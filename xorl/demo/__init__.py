@@ -1,5 +1,6 @@
 """Runs the RL demo on this machine, from the servers' start to the plot."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ def run(model: str | None, steps: int | None, seed: int, output: Path) -> None:
     """Train `model` (SmolLM2-135M-Instruct if None) on short sums, and leave plot and logs in `output`."""
     if model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # The client warns that a server may ignore the rank; this one does not.
+    logging.getLogger("xorl_client").setLevel(logging.ERROR)
     from transformers import AutoTokenizer
 
     from xorl.demo.launch import servers

@@ -40,7 +40,8 @@ class Report:
             self._progress.console.print(
                 f"step {event.step:3}  reward {event.reward:.2f}  KL {event.kl:+.1e}  "
                 f"grad norm {event.grad_norm:5.2f}  "
-                f"rollout {event.rollout_s:.1f} s, update {event.update_s:.1f} s, sync {event.sync_s:.1f} s"
+                f"rollout {event.rollout_s:.1f} s, update {event.update_s:.1f} s, sync {event.sync_s:.1f} s",
+                soft_wrap=True,
             )
             self._progress.update(self._task, description="training", completed=event.step)
         else:

@@ -18,7 +18,6 @@ from xorl_client import types
 
 from xorl.demo.task import Problem, problems
 
-
 IGNORED = -100
 """A target that costs nothing and has no gradient: the prompt is not trained on."""
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xorl.errors import InvalidRequest
 from xorl.types import LORA_PROJECTIONS, UNEMBEDDING, LoraSpec
 from xorl_kernels.fused_lora import Segment, fused_lora
 
@@ -84,7 +85,11 @@ def attach(model: nn.Module) -> Router:
 
 
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(out, in) features of each layer that an adapter with these targets adapts."""
+    """(out, in) features of each layer that an adapter with these targets adapts.
+
+    Raises:
+        InvalidRequest: the model has no layer of one of these names.
+    """
     shapes = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -93,6 +98,9 @@ def layer_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[in
     if UNEMBEDDING in targets:
         out_features, in_features = model.get_output_embeddings().weight.shape  # pyright: ignore[reportCallIssue]
         shapes[UNEMBEDDING] = (out_features, in_features)
+    for target in targets:
+        if not any(name.rpartition(".")[2] == target for name in shapes):
+            raise InvalidRequest(f"target_modules: the base model has no linear layer called {target}")
     return shapes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from xorl.config import ModelConfig
 from xorl.engine.commands import ModelInfo
@@ -83,10 +83,11 @@ def load_network(path: str, dtype: torch.dtype, device: torch.device) -> PreTrai
     """Load a causal language model, in eval mode.
 
     Raises:
-        InvalidRequest: naming the model, if it is not there or its architecture has a head we do not know.
+        InvalidRequest: naming the model, if it is not there or computes something that we do not.
     """
     try:
         config = AutoConfig.from_pretrained(path)
+        _refuse_unknown_parts(path, config)
         network = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"model {path}: {error}") from error
@@ -95,6 +96,18 @@ def load_network(path: str, dtype: torch.dtype, device: torch.device) -> PreTrai
         raise InvalidRequest(f"model {path}: {config.model_type} has no plain linear LM head")
     nn.Module.to(network, device)
     return network.eval()
+
+
+def _refuse_unknown_parts(path: str, config: PretrainedConfig) -> None:
+    """Our attention and log-probabilities stand in for the model's own, so what they lack would be silently wrong."""
+    settings = config.to_dict()
+    if set(settings.get("layer_types") or ()) - {"full_attention"} or settings.get("sliding_window"):
+        raise InvalidRequest(
+            f"model {path}: only full causal attention is supported, {config.model_type} has other layers"
+        )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if settings.get(name):
+            raise InvalidRequest(f"model {path}: {name} of {config.model_type} is not supported")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,7 +13,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from xorl.engine.lora import Span, attach
 from xorl.engine.model import packed_attention
-from xorl.errors import InvalidRequest
 from xorl.sampler.adapters import LoadedAdapter
 from xorl.sampler.cache import KvRows, PackedCache, RowsCache
 from xorl.types import UNEMBEDDING
@@ -25,7 +24,6 @@ class Network:
     """A causal language model of Hugging Face's, with LoRA layers and a cache that this package owns."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        _refuse_unknown_attention(model)
         model.set_attn_implementation(_ATTENTION)
         model.requires_grad_(False)
         self.model = model
@@ -118,13 +116,6 @@ def cached_attention(
     query_BGQD = query.reshape(num_rows, key.shape[1], -1, size)
     out_BGQD = F.scaled_dot_product_attention(query_BGQD, key, value, attn_mask=rows_bias, scale=scaling)
     return out_BGQD.reshape(num_rows, 1, num_heads, -1), None
-
-
-def _refuse_unknown_attention(model: PreTrainedModel) -> None:
-    config = model.config.to_dict()
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if layer_types or config.get("sliding_window") or config.get("attn_logit_softcapping"):
-        raise InvalidRequest(f"model {config.get('model_type')}: only full causal attention is served")
 
 
 AttentionInterface.register(_ATTENTION, cached_attention)
