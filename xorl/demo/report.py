@@ -38,10 +38,8 @@ class Report:
         if isinstance(event, StepReport):
             self._steps.append(event)
             self._progress.console.print(
-                f"step {event.step:3}  reward {event.reward:.2f}  KL {event.kl:+.1e}  "
-                f"grad norm {event.grad_norm:5.2f}  "
-                f"rollout {event.rollout_s:.1f} s, update {event.update_s:.1f} s, sync {event.sync_s:.1f} s",
-                soft_wrap=True,
+                f"step {event.step:3}  reward {event.reward:.2f}  KL {event.kl:+.0e}  "
+                f"rollout {event.rollout_s:.1f} s  update {event.update_s:.1f} s  sync {event.sync_s:.1f} s"
             )
             self._progress.update(self._task, description="training", completed=event.step)
         else:
