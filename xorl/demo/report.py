@@ -48,6 +48,7 @@ class Report:
 
     def finish(self, seconds: float) -> None:
         """Print the table and write `rewards.png`."""
+        self._progress.stop()
         rewards = [step.reward for step in self._steps]
         table = Table("steps", "mean reward", title=f"{self._model}: reward by training step")
         size = max(1, len(rewards) // ROWS)
