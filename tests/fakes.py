@@ -137,7 +137,7 @@ class FakeEngine:
         if isinstance(command, Sleep | WakeUp):
             self._asleep = isinstance(command, Sleep)
             return Done()
-        if self._asleep:
+        if self._asleep and not isinstance(command, UnloadModel):
             raise Asleep("the model is asleep: POST /wake_up first")
         if isinstance(command, CreateModel):
             if (command.lora is None) != self._ready.full_weights:

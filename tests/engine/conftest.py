@@ -1,5 +1,6 @@
 """An engine on a tiny model, and requests to give it."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from xorl.engine.engine import Engine
 def new_engine(tiny_model: Path, tmp_path: Path) -> Callable[..., Engine]:
     """Makes an engine; settings by name, the tiny model unless `model` says otherwise."""
 
+    numbers = itertools.count()
+
     def make(**settings: object) -> Engine:
-        return Engine(config_for(**{"model": str(tiny_model), "output_dir": str(tmp_path), **settings}))
+        config = config_for(**{"model": str(tiny_model), "output_dir": str(tmp_path), **settings})
+        return Engine(config, tmp_path / f"evicted-{next(numbers)}")
 
     return make

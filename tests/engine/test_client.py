@@ -10,7 +10,7 @@ import pytest
 
 from builders import config_for, datums, random_sequences
 from xorl.engine.client import EngineClient
-from xorl.engine.commands import AnyCommand, CreateModel, Forward, ForwardBackward, OptimStep
+from xorl.engine.commands import AnyCommand, CreateModel, Forward, ForwardBackward, OptimStep, Sleep, WakeUp
 from xorl.errors import EngineLost, InvalidRequest, QueueFull, UnknownId
 from xorl.types import AdamParams, CrossEntropy, LoraSpec
 
@@ -52,6 +52,32 @@ def test_commands_of_a_model_run_in_order_and_fail_alone(tiny_model: Path, tmp_p
             with pytest.raises(InvalidRequest):
                 await engine.submit(CreateModel(model_id="m", lora=LoraSpec(rank=9)))
             assert engine.num_queued == 0
+
+    asyncio.run(scenario())
+
+
+def test_sleep_comes_after_what_was_asked_before_it(tiny_model: Path, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_model, tmp_path) as engine:
+            created = CreateModel(model_id="m", lora=LoraSpec(rank=2))
+            commands = [created, *batch(), *batch(), Sleep(), WakeUp(), *batch()]
+            results = await asyncio.gather(*(engine.submit(command) for command in commands))
+            assert [result.step for result in (results[2], results[4], results[-1])] == [1, 2, 3]
+
+    asyncio.run(scenario())
+
+
+def test_two_servers_may_share_an_output_dir(tiny_model: Path, tmp_path: Path) -> None:
+    """What each sets aside is its own, and goes with it."""
+
+    async def scenario() -> None:
+        one, two = (running(tiny_model, tmp_path, max_resident_adapters=1) for _ in range(2))
+        async with one as first, two as second:
+            for engine in (first, second):
+                for model_id, rank in (("a", 2), ("m", 3)):
+                    await engine.submit(CreateModel(model_id=model_id, lora=LoraSpec(rank=rank)))
+            assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+        assert not list(tmp_path.iterdir())
 
     asyncio.run(scenario())
 

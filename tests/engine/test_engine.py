@@ -1,6 +1,8 @@
 """What training commands do to a model, held against plain PyTorch."""
 
+import errno
 import itertools
+import os
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,7 @@ from xorl.engine.commands import (
     WakeUp,
 )
 from xorl.engine.engine import Engine
-from xorl.errors import Asleep, CheckpointError, InvalidRequest, NonFinite, OutOfMemory, UnknownId
+from xorl.errors import Asleep, CheckpointError, InvalidRequest, NonFinite, OutOfMemory, StorageFull, UnknownId
 from xorl.types import LORA_PROJECTIONS, AdamParams, CrossEntropy, ImportanceSampling, LoraSpec, Ppo
 
 NewEngine = Callable[..., Engine]
@@ -273,11 +275,31 @@ def test_saving_over_a_checkpoint_needs_replace(engine: Engine, tmp_path: Path) 
     with pytest.raises(InvalidRequest, match="exists already"):
         engine.run(SaveWeights(model_id="m", directory=str(tmp_path / "c"), name="c"))
     engine.run(SaveWeights(model_id="m", directory=str(tmp_path / "c"), name="c", replace=True))
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".evicted"] == ["c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-@pytest.mark.parametrize("targets", [LORA_PROJECTIONS, ("q_proj", "lm_head")])
+@pytest.mark.parametrize("kind", [SaveWeights, SaveSampler])
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_full_disk_fails_the_save_and_leaves_what_was_there(
+    kind: type, replace: bool, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = kind(model_id="m", directory=str(tmp_path / "c"), name="c", replace=True)
+    if replace:
+        engine.run(command)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(StorageFull, match="checkpoint c: no space left"):
+        patch.setattr(os, "fsync", full)
+        engine.run(command)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    engine.run(command)
+
+
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("targets", [LORA_PROJECTIONS, ("q_proj", "lm_head")])
 def test_peft_loads_the_sampler_weights(
     new_engine: NewEngine, tmp_path: Path, targets: tuple[str, ...], tied: bool
 ) -> None:
@@ -331,6 +353,32 @@ def test_models_train_independently_and_survive_eviction(new_engine: NewEngine) 
         assert np.array_equal(logprobs, run(new_engine(), [model_id])[model_id])
 
 
+def test_a_model_that_cannot_be_set_aside_stays(
+    new_engine: NewEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(max_resident_adapters=1)
+    engine.run(CreateModel(model_id="m", lora=SPEC))
+    train(engine, some_datums())
+    before = evaluate(engine, some_datums())
+    with monkeypatch.context() as patch:
+        patch.setattr("xorl.engine.adapters.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(StorageFull, match="model m, idle, cannot make room: disk full"):
+            engine.run(CreateModel(model_id="n", lora=LoraSpec(rank=2)))
+    assert np.array_equal(before, evaluate(engine, some_datums()))
+    engine.run(CreateModel(model_id="n", lora=LoraSpec(rank=3)))
+    assert np.array_equal(before, evaluate(engine, some_datums()))
+
+
+def test_an_evicted_model_is_unloaded_where_it_lies(new_engine: NewEngine, tmp_path: Path) -> None:
+    engine = new_engine(max_resident_adapters=1)
+    for model_id in ("m", "n"):
+        engine.run(CreateModel(model_id=model_id, lora=SPEC))
+    (spilled,) = tmp_path.rglob("*.safetensors")
+    engine.run(UnloadModel(model_id="m"))
+    assert not spilled.exists()
+    assert engine.models.ids() == ["n"]
+
+
 def test_a_seed_decides_the_start(new_engine: NewEngine) -> None:
     engine = new_engine()
     for model_id, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -364,6 +412,10 @@ def test_sleep_and_wake_up_come_back_bit_equal(engine: Engine) -> None:
         evaluate(engine, some_datums())
     engine.run(WakeUp())
     assert np.array_equal(before, evaluate(engine, some_datums()))
+    engine.run(Sleep())
+    engine.run(UnloadModel(model_id="m"))  # needs no weights, and its id must not stay taken
+    engine.run(WakeUp())
+    engine.run(CreateModel(model_id="m", lora=LoraSpec(rank=5)))
 
 
 def test_running_out_of_memory_halves_the_batch(new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch) -> None:

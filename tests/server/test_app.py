@@ -48,6 +48,15 @@ async def test_sleep_and_wake_up(server: Server):
     assert "metrics" in await server.do("optim_step", {})
 
 
+async def test_a_database_that_takes_nothing_stops_no_training_and_is_named_where_it_matters(server: Server):
+    await server.create("m")
+    server.app.state.plane.store._db.execute("PRAGMA query_only = 1")
+    assert "run database" in await server.refused("create_session", {}, 507)
+    assert "run database" in await server.refused("create_model", {"model_id": "n", "base_model": "base"}, 507)
+    assert "n" not in server.engine.models
+    assert "metrics" in await server.do("optim_step", {"model_id": "m"})
+
+
 async def test_a_key_opens_every_door_but_health(serve):
     async with serve(api_key="tml-secret") as server:
         await server.get("/health")

@@ -1,5 +1,7 @@
 """Inference endpoints, weight sync, sampling sessions."""
 
+import asyncio
+
 import pytest
 
 from inprocess import Server
@@ -125,6 +127,21 @@ async def test_a_sync_that_the_engine_refuses_is_an_answer(server: Server):
     report = await server.post("/sync_inference_weights", {})
     assert not report["success"]
     assert "wake_up" in report["message"]
+
+
+async def test_a_sync_that_the_engine_does_not_survive_leaves_its_endpoints_stale(server: Server):
+    await add(server)
+    await add(server, port=30001, pool="eval")
+    server.engine.gate.clear()
+    sync = asyncio.create_task(server.post("/sync_inference_weights", {"pools": ["eval"]}))
+    while not server.engine.sent(SyncWeights):
+        await asyncio.sleep(0)
+    server.engine.lose("the engine process ended with exit code -9")
+    report = await sync
+    assert not report["success"]
+    assert "exit code -9" in report["message"]
+    rows = (await server.get("/list_inference_endpoints"))["endpoints"]
+    assert [row["stale"] for row in rows] == [False, True]
 
 
 async def test_quantization(server: Server):

@@ -117,6 +117,7 @@ async def test_full_weights_are_one_model(serve):
         await server.do("save_weights", {"path": "a"})
         info = await server.post("/api/v1/weights_info", {"xorl_path": "xorl://default/weights/a"})
         assert info == {"base_model": "tiny/base", "is_lora": False}
+        assert (await server.refused("kill_session", {"reset_weights": True})).startswith("reset_weights:")
 
 
 async def test_unload_comes_after_what_was_asked_before(server: Server):
@@ -143,6 +144,39 @@ async def test_kill_saves_and_ends(server: Server):
     assert not again["success"]
     await server.create("m")
     assert "error" not in await server.do("load_weights", {"model_id": "m", "path": killed["checkpoint_path"]})
+
+
+async def test_what_cannot_be_saved_is_not_killed(server: Server):
+    await server.create("m")
+    await server.post("/sleep", {})
+    killed = await server.post("/api/v1/kill_session", {"model_id": "m"})
+    assert not killed["success"]
+    assert "asleep" in killed["message"]
+    await server.post("/wake_up", {})
+    assert (await server.do("optim_step", {"model_id": "m"}))["metrics"]["step"] == 1
+
+
+async def test_two_kills_at_once_end_it_once(server: Server):
+    await server.create("m")
+    server.engine.gate.clear()
+    kills = [asyncio.create_task(server.post("/api/v1/kill_session", {"model_id": "m"})) for _ in range(2)]
+    while len(server.engine.sent(SaveWeights)) < 2:
+        await asyncio.sleep(0)
+    server.engine.gate.set()
+    killed = await asyncio.gather(*kills)
+    assert [one["success"] for one in killed] == [True, True]
+    assert len(server.engine.sent(UnloadModel)) == 1
+
+
+async def test_an_unload_during_sleep_frees_the_id(server: Server):
+    await server.create("m")
+    await server.do("optim_step", {"model_id": "m"})
+    await server.post("/sleep", {})
+    assert "error" not in await server.do("unload_model", {"model_id": "m"})
+    assert (await server.get("/api/v1/session_info"))["current_training_adapter"] is None
+    await server.post("/wake_up", {})
+    await server.create("m")
+    assert (await server.do("optim_step", {"model_id": "m"}))["metrics"]["step"] == 1
 
 
 async def test_kill_keeps_default(server: Server):

@@ -28,6 +28,7 @@ class FakeSglang:
         self.asked: list[dict] = []
         self.adapters: dict[str, str] = {}
         self.aborting = False
+        self.broken = False
         self.app = FastAPI()
         self.app.add_api_route("/health", lambda: None)
         self.app.add_api_route("/server_info", lambda: {"model_path": "tiny/base", "tp_size": 1})
@@ -49,6 +50,8 @@ class FakeSglang:
     async def generate(self, request: Request) -> object:
         body = await request.json()
         self.asked.append(body)
+        if self.broken:
+            raise HTTPException(500, "out of order")
         if body.get("lora_path") not in (None, *self.adapters):
             raise HTTPException(400, "lora not loaded")
         params = body["sampling_params"]
@@ -233,6 +236,7 @@ async def test_a_repeat_is_sampled_once(sampled):
         ({"sampling_session_id": None}, "sampling_session_id: missing"),
         ({"num_samples": 0}, "num_samples:"),
         ({"sampling_params": {"top_p": 2}}, "sampling_params.top_p:"),
+        ({"sampling_params": {"top_p": 0}}, "sampling_params.top_p:"),
     ],
 )
 async def test_what_is_wrong_is_named(sampled, change: dict, place: str):
@@ -263,6 +267,29 @@ async def test_an_endpoint_that_is_gone_is_passed_over(sampled):
     for seq_id in range(4):
         result = await sample(server, asked(session, seq_id=seq_id))
         assert len(result.sequences) == 1
+
+
+async def test_a_server_that_was_restarted_gets_its_adapter_again(sampled):
+    server, sglang = sampled
+    saved = await server.do("save_weights_for_sampler", {"model_id": "s1:train:0", "path": "a"})
+    session = await session_of(server, model_path=saved["path"])
+    sglang.adapters.clear()
+    results = await asyncio.gather(*(sample(server, asked(session, seq_id=i)) for i in range(8)))
+    assert all(len(result.sequences) == 1 for result in results)
+    assert set(sglang.adapters) == {"a@s1.train.0"}
+
+
+async def test_an_endpoint_out_of_order_is_passed_over_and_named_if_it_is_the_last(sampled):
+    server, sglang = sampled
+    session = await session_of(server, base_model="base")
+    sglang.broken = True
+    failed = await server.do("asample", asked(session))
+    assert failed["category"] == "server"
+    assert f"127.0.0.1:{await first_port(server)}: 500" in failed["error"]
+    async with listening(FakeSglang()) as port:
+        assert (await server.post("/add_inference_endpoint", {"host": "127.0.0.1", "port": port}))["success"]
+        for seq_id in range(1, 4):
+            assert len((await sample(server, asked(session, seq_id=seq_id))).sequences) == 1
 
 
 async def first_port(server: Server) -> int:

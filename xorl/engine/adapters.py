@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from xorl.engine.lora import LoraPair, Span, init_pairs, layer_shapes
 from xorl.engine.model import BaseModel
-from xorl.errors import InvalidRequest, NonFinite, UnknownId
+from xorl.errors import InvalidRequest, NonFinite, StorageFull, UnknownId
 from xorl.types import AdamParams, LoraSpec
 
 SIDES = ("lora_A", "lora_B")
@@ -158,9 +159,9 @@ class TrainedModels:
             )
         existing = self._resident.get(model_id) or self._evicted.get(model_id)
         if existing is None:
+            self._make_room()
             model = TrainedModel.full(self._base) if spec is None else TrainedModel.adapter(spec, self._base)
             self._resident[model_id] = model
-            self._make_room()
         elif existing.spec != spec:
             raise InvalidRequest(f"model_id {model_id} exists with another spec: {existing.spec}")
 
@@ -174,8 +175,12 @@ class TrainedModels:
         return self._resident[model_id]
 
     def remove(self, model_id: str) -> None:
-        _ = self[model_id]
-        del self._resident[model_id]
+        if model_id not in self.ids():
+            raise UnknownId(f"model_id {model_id} is not registered; there are {sorted(self.ids())}")
+        self._resident.pop(model_id, None)
+        self._evicted.pop(model_id, None)
+        if path := self._files.pop(model_id, None):
+            path.unlink(missing_ok=True)
 
     def ids(self) -> list[str]:
         return [*self._resident, *self._evicted]
@@ -187,25 +192,31 @@ class TrainedModels:
                 tensor.data = tensor.data.to(device)
 
     def _make_room(self) -> None:
-        while len(self._resident) > self._max_resident:
-            model_id, model = self._resident.popitem(last=False)
+        """Evict until one more may come. A model that cannot be set aside stays where it is."""
+        while len(self._resident) >= self._max_resident:
+            model_id, model = next(iter(self._resident.items()))
             if self._base.device.type == "cpu":
                 self._spill(model_id, model)
             else:
                 for tensor in model.tensors().values():
                     tensor.data = tensor.data.to("cpu")
-            self._evicted[model_id] = model
+            self._evicted[model_id] = self._resident.pop(model_id)
 
     def _spill(self, model_id: str, model: TrainedModel) -> None:
         self._created += 1
         path = self._spill_dir / f"{self._created}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.data for name, tensor in model.tensors().items()}, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.data for name, tensor in model.tensors().items()}, path)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            raise StorageFull(f"model {model_id}, idle, cannot make room: {error}") from error
         for tensor in model.tensors().values():
             tensor.data = torch.empty(0)
         self._files[model_id] = path
 
     def _bring_back(self, model_id: str) -> None:
+        self._make_room()
         model = self._evicted[model_id]
         path = self._files.get(model_id)
         stored = load_file(path) if path else {name: tensor.data for name, tensor in model.tensors().items()}
@@ -214,4 +225,3 @@ class TrainedModels:
         if path:
             self._files.pop(model_id).unlink()
         self._resident[model_id] = self._evicted.pop(model_id)
-        self._make_room()

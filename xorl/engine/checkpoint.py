@@ -5,6 +5,7 @@ never seen.
 """
 
 import datetime
+import errno
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ import msgspec
 import torch
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -66,7 +68,7 @@ def load_training(model: TrainedModel, directory: Path, *, optimizer: bool) -> N
         with _quiet_dcp():
             dcp.load(state, checkpoint_id=directory, no_dist=True)
     except (CheckpointException, OSError, ValueError) as error:
-        raise CheckpointError(f"{manifest.name}: {error}") from error
+        raise CheckpointError(f"{manifest.name}: {_reason(error)}") from error
     model.drop_gradients()
     model.num_mean_tokens = 0
     model.new_optimizer()
@@ -185,16 +187,27 @@ def _publishing(directory: Path, replace: bool) -> Iterator[Path]:
         if directory.exists():
             old = directory.with_name(f"{draft.name}.old")
             directory.rename(old)
-            draft.rename(directory)
-            shutil.rmtree(old)
+            try:
+                draft.rename(directory)
+            except OSError:
+                old.rename(directory)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             draft.rename(directory)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+    except (OSError, SafetensorError, CheckpointException) as error:
+        reason = _reason(error)
+        if os.strerror(errno.ENOSPC) in reason:  # safetensors gives no number
             raise StorageFull(f"checkpoint {directory.name}: no space left on the disk") from error
-        raise CheckpointError(f"checkpoint {directory.name}: {error}") from error
+        raise CheckpointError(f"checkpoint {directory.name}: {reason}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong; DCP's own text is a traceback."""
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return "; ".join(str(cause) or type(cause).__name__ for cause in causes)
 
 
 @contextmanager

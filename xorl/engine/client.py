@@ -44,12 +44,15 @@ class EngineClient:
     async def start(self) -> None:
         """Spawn the engine process; `state` and `info` say when it is ready."""
         address = f"ipc://{self._directory.name}/engine"
+        output_dir = self._config.engine.output_dir
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._spill_dir = tempfile.TemporaryDirectory(prefix=".evicted-", dir=output_dir)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "xorl.engine.loop", address, stdin=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "xorl.engine.loop", address, self._spill_dir.name), stdin=asyncio.subprocess.PIPE
         )
         assert self._process.stdin
         self._process.stdin.write(self._config.model_dump_json().encode())
@@ -72,6 +75,7 @@ class EngineClient:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
         self._directory.cleanup()
+        self._spill_dir.cleanup()
 
     def submit(self, command: AnyCommand) -> asyncio.Future[AnyResult]:
         """Send a command now; the future has its result, or raises the XorlError that it failed with.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from xorl.sync.push import WeightSync
 
 from xorl.config import Config
 from xorl.engine import checkpoint, losses
@@ -36,6 +35,7 @@ from xorl.engine.export import merged_tensors
 from xorl.engine.losses import LossInputs
 from xorl.engine.model import BaseModel
 from xorl.errors import Asleep, NonFinite, OutOfMemory
+from xorl.sync.push import WeightSync
 from xorl.types import UNEMBEDDING, AnyLoss
 from xorl_kernels.logprobs import logprobs
 
@@ -43,12 +43,11 @@ from xorl_kernels.logprobs import logprobs
 class Engine:
     """The base model, everything trained on it, and one method for each thing a client can ask."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, spill_dir: Path) -> None:
+        """Models that are set aside on the CPU are kept in `spill_dir`, which nobody else may use."""
         self._config = config.engine
         self.base = BaseModel(config.base, activation_checkpointing=config.engine.activation_checkpointing)
-        self.models = TrainedModels(
-            self.base, config.engine.max_resident_adapters, config.engine.output_dir / ".evicted"
-        )
+        self.models = TrainedModels(self.base, config.engine.max_resident_adapters, spill_dir)
         self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device)
         self._asleep = False
 
@@ -61,7 +60,7 @@ class Engine:
         Raises:
             XorlError: the command failed; the model is as it was before.
         """
-        if self._asleep and not isinstance(command, WakeUp | Sleep):
+        if self._asleep and not isinstance(command, WakeUp | Sleep | UnloadModel):
             raise Asleep("the model is asleep: POST /wake_up first")
         match command:
             case ForwardBackward():

@@ -1,12 +1,14 @@
 """Runs the engine process: receives commands, takes the scheduler's pick, sends back results.
 
-Started by `xorl.engine.client` as `python -m xorl.engine.loop ADDRESS`, with the configuration as JSON on stdin.
+Started by `xorl.engine.client` as `python -m xorl.engine.loop ADDRESS SPILL_DIR`, with the configuration as JSON on
+stdin.
 A message is [number, command] one way and [number, result] the other; number 0 carries the ModelInfo.
 """
 
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -33,6 +35,7 @@ class EngineLoop:
         self._socket = socket
         self._scheduler: Scheduler[tuple[int, AnyCommand]] = Scheduler(quantum)
         self._decoder = msgspec.msgpack.Decoder(AnyCommand)
+        self._barrier: tuple[int, AnyCommand] | None = None
 
     def run(self) -> None:
         """Serve until the parent process is gone."""
@@ -40,17 +43,27 @@ class EngineLoop:
         self._send(READY, self._engine.base.info())
         while os.getppid() == parent:
             self._receive(wait=not len(self._scheduler))
-            if (picked := self._scheduler.next()) is not None:
+            picked = self._scheduler.next()
+            if picked is None:
+                picked, self._barrier = self._barrier, None
+            if picked is not None:
                 number, command = picked
                 self._send(number, self._run(command))
 
     def _receive(self, *, wait: bool) -> None:
-        """Queue every command that has arrived; with `wait`, give the first one some time to."""
+        """Queue every command that has arrived; with `wait`, give the first one some time to.
+
+        One for all models comes after what arrived before it, and before what arrives later.
+        """
         timeout_ms = IDLE_CHECK_MS if wait else 0
-        while self._socket.poll(timeout_ms):
+        while self._barrier is None and self._socket.poll(timeout_ms):
             number, body = self._socket.recv_multipart()
             command: AnyCommand = self._decoder.decode(body)
-            self._scheduler.add(queue_of(command), (int.from_bytes(number), command), cost_tokens(command))
+            numbered = int.from_bytes(number), command
+            if isinstance(command, Sleep | WakeUp):
+                self._barrier = numbered
+            else:
+                self._scheduler.add(command.model_id, numbered, cost_tokens(command))
             timeout_ms = 0
 
     def _run(self, command: AnyCommand) -> AnyResult:
@@ -64,10 +77,6 @@ class EngineLoop:
 
     def _send(self, number: int, message: msgspec.Struct) -> None:
         self._socket.send_multipart([number.to_bytes(8), msgspec.msgpack.encode(message)])
-
-
-def queue_of(command: AnyCommand) -> str:
-    return "" if isinstance(command, Sleep | WakeUp) else command.model_id
 
 
 def cost_tokens(command: AnyCommand) -> int:
@@ -86,7 +95,7 @@ def main() -> None:
     socket.set_hwm(0)
     socket.connect(sys.argv[1])
     try:
-        engine = Engine(config)
+        engine = Engine(config, Path(sys.argv[2]))
     except XorlError as error:
         sys.exit(f"xorl: {error}")
     try:

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import structlog
 import uvicorn
@@ -54,9 +56,9 @@ def serve(config: Config) -> None:
         sys.exit(1)
 
 
-def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Receiver] = receiver.Receiver) -> FastAPI:
+def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Receiver] | None = None) -> FastAPI:
     """The control plane over an engine, which it starts and stops."""
-    plane = _assemble(config, engine, connect)
+    plane = _assemble(config, engine, connect or partial(receiver.Receiver, timeout_s=config.sync.sync_timeout_s))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -74,6 +76,7 @@ def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Rec
     for router in (training.router, models.router, checkpoints.router, inference.router, health.router, tinker.router):
         app.include_router(router)
     app.add_exception_handler(XorlError, _xorl_error)
+    app.add_exception_handler(sqlite3.Error, _store_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Gate, api_key=config.http.api_key, metrics=plane.metrics)
@@ -111,6 +114,10 @@ def _refuse(status: int, detail: str) -> JSONResponse:
 async def _xorl_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, XorlError)
     return _refuse(error.status, str(error))
+
+
+async def _store_error(_: Request, error: Exception) -> JSONResponse:
+    return _refuse(507, f"the run database in output_dir: {error}")
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:

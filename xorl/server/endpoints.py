@@ -119,8 +119,9 @@ class Endpoints:
 
     async def probe(self) -> None:
         """Ask all endpoints at once whether they are alive."""
-        alive = await asyncio.gather(*(asyncio.to_thread(endpoint.receiver.alive) for endpoint in self))
-        for endpoint, healthy in zip(self, alive, strict=False):
+        endpoints = list(self)
+        alive = await asyncio.gather(*(asyncio.to_thread(endpoint.receiver.alive) for endpoint in endpoints))
+        for endpoint, healthy in zip(endpoints, alive, strict=True):
             endpoint.healthy = healthy
 
     def in_pools(self, pools: Sequence[str] | None) -> list[Endpoint]:
@@ -142,6 +143,12 @@ class Endpoints:
             if endpoint is not None:
                 endpoint.stale = not line.success
                 endpoint.loaded.pop(None, None)
+
+    def distrust(self, targets: Sequence[Endpoint]) -> None:
+        """A sync ended without a report: nobody knows what they hold."""
+        for endpoint in targets:
+            endpoint.stale = True
+            endpoint.loaded.pop(None, None)
 
 
 def sync_target(endpoint: Endpoint) -> SyncTarget:

@@ -159,15 +159,16 @@ class Models:
         """Unregister a model now; what it was asked before still runs. `default` starts anew when next used."""
         future = self.send(model, UnloadModel(model_id=model.model_id))
         del self._models[model.model_id]
+        self.current = None
         return future
 
     def _create(self, model: Model, user_metadata: dict[str, str] | None) -> None:
-        model.created = self._submit(CreateModel(model_id=model.model_id, lora=model.lora))
-        model.created.add_done_callback(lambda created: self._forget_failed(model, created))
         session_id, separator, _ = model.model_id.partition(":")
         rank = model.lora.rank if model.lora else None
         session = session_id if separator else None
         self._store.put_run(Run(model.model_id, session, self.info.names[0], rank, time.time(), user_metadata))
+        model.created = self._submit(CreateModel(model_id=model.model_id, lora=model.lora))
+        model.created.add_done_callback(lambda created: self._forget_failed(model, created))
 
     def _forget_failed(self, model: Model, created: asyncio.Future[AnyResult]) -> None:
         failed = created.cancelled() or created.exception() is not None

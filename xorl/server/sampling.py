@@ -16,7 +16,7 @@ from xorl.server.datums import prompt_tokens
 from xorl.server.endpoints import Endpoint, Endpoints, Weights
 from xorl.server.schema_inference import SampleRequest
 from xorl.server.tinker_proto import SampledSequence
-from xorl.sync.receiver import ReceiverError
+from xorl.sync.receiver import CONNECT_TIMEOUT_S, ReceiverError
 
 GENERATE_TIMEOUT_S = 3600.0
 MAX_REPEATS = 100_000
@@ -75,7 +75,9 @@ class Sampling:
         self._max_adapters = max_adapters
         self._used: dict[str, OrderedDict[str, None]] = {}
         self._client = httpx.AsyncClient(
-            timeout=GENERATE_TIMEOUT_S, limits=httpx.Limits(max_connections=None), trust_env=False
+            timeout=httpx.Timeout(GENERATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
         )
         self.repeats = Repeats()
 
@@ -151,7 +153,7 @@ class Sampling:
             "max_new_tokens": min(params.max_tokens or room, room),
             "temperature": params.temperature,
             "top_k": params.top_k or -1,
-            "top_p": params.top_p or 1.0,
+            "top_p": params.top_p,
             "skip_special_tokens": False,
         }
         match params.stop:
@@ -176,9 +178,7 @@ class Sampling:
         problem: XorlError = InvalidRequest(f"there is no inference endpoint to sample from: {reason}")
         for endpoint in self._endpoints.usable():
             try:
-                if weights is not None:
-                    await endpoint.load(weights)
-                generated = await self._sample_from(endpoint, prompt, num_samples, seed, weights)
+                generated = await self._sample_loaded(endpoint, prompt, num_samples, seed, weights)
             except (ReceiverError, httpx.TransportError) as error:
                 endpoint.healthy = False
                 problem = InternalError(f"inference endpoint {endpoint.url}: {error or type(error).__name__}")
@@ -186,6 +186,24 @@ class Sampling:
                 endpoint.healthy = True
                 return _answer(generated, prompt)
         raise problem
+
+    async def _sample_loaded(
+        self, endpoint: Endpoint, prompt: Prompt, num_samples: int, seed: int | None, weights: Weights | None
+    ) -> list[Generated]:
+        """Load an adapter that is not there, also one that we think is: a server that was restarted has none."""
+        if weights is None:
+            return await self._sample_from(endpoint, prompt, num_samples, seed, None)
+        await endpoint.load(weights)
+        loaded = endpoint.loaded.get(weights.name)
+        try:
+            return await self._sample_from(endpoint, prompt, num_samples, seed, weights)
+        except InvalidRequest as error:
+            if weights.name is None or "lora" not in str(error).lower():
+                raise
+            if endpoint.loaded.get(weights.name) is loaded:  # nobody has loaded it anew since
+                endpoint.loaded.pop(weights.name, None)
+            await endpoint.load(weights)
+            return await self._sample_from(endpoint, prompt, num_samples, seed, weights)
 
     async def _sample_from(
         self, endpoint: Endpoint, prompt: Prompt, num_samples: int, seed: int | None, weights: Weights | None
@@ -216,8 +234,10 @@ class Sampling:
             body["lora_path"] = lora_path
         response = await self._client.post(f"{endpoint.url}/generate", json=body)
         if response.status_code != 200:
-            kind = InvalidRequest if response.status_code == 400 else InternalError
-            raise kind(f"inference endpoint {endpoint.url}: {response.status_code} {response.text[:500]}")
+            reason = f"{response.status_code} {response.text[:500]}"
+            if response.status_code == 400:
+                raise InvalidRequest(f"inference endpoint {endpoint.url}: {reason}")
+            raise ReceiverError(reason, response.status_code)
         try:
             answer = msgspec.json.decode(response.content, type=Generated | list[Generated])
         except msgspec.DecodeError as error:

@@ -112,7 +112,7 @@ class SamplingParams(Wire):
     stop: str | list[str] | list[int] | None = None
     temperature: Rate = 1.0
     top_k: int = Field(-1, ge=-1, lt=2**31)
-    top_p: float = Field(1.0, ge=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)
 
 
 class SampleRequest(Wire):

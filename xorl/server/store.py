@@ -1,5 +1,6 @@
 """Remembers runs, sessions, samplers and checkpoint expiries over a restart, in SQLite."""
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -53,7 +54,8 @@ class Store:
         self._db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", (*run[:5], metadata))
 
     def touch_run(self, model_id: str) -> None:
-        self._db.execute("UPDATE runs SET last_request = ? WHERE model_id = ?", (time.time(), model_id))
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk keeps a time from being noted, not training
+            self._db.execute("UPDATE runs SET last_request = ? WHERE model_id = ?", (time.time(), model_id))
 
     def run(self, model_id: str) -> Run | None:
         row = self._db.execute("SELECT * FROM runs WHERE model_id = ?", (model_id,)).fetchone()

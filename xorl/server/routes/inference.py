@@ -79,6 +79,8 @@ async def _sync(plane: ControlPlane, body: wire.SyncRequest) -> wire.SyncRespons
     try:
         report = await plane.models.send(model, command)
     except XorlError as error:
+        if error.category == "server":  # so it may have failed midway
+            plane.endpoints.distrust(targets)
         return wire.SyncResponse(success=False, message=str(error))
     assert isinstance(report, SyncReport)
     plane.endpoints.mark(report)
@@ -107,7 +109,9 @@ def _sync_response(report: SyncReport) -> wire.SyncResponse:
 async def set_sync_quantization(body: wire.QuantizationRequest, plane: Plane) -> wire.QuantizationResponse:
     """Set what later syncs send where they do not say: FP8 in blocks, or null for the model's own dtype."""
     plane.endpoints.quantization = check_quantization(body.quantization)
-    message = "weights are sent in the model's dtype" if body.quantization is None else "weights are sent as FP8 blocks"
+    message = "weights are sent in the model's dtype"
+    if body.quantization is not None:
+        message = "stored; FP8 sync is not available yet, so that a sync is refused until this is null"
     return wire.QuantizationResponse(quantization=body.quantization, message=message)
 
 

@@ -1,14 +1,13 @@
 """Serves the life of models and sessions."""
 
-import asyncio
 import time
 import uuid
 
 import msgspec
 from fastapi import APIRouter
 
-from xorl.engine.commands import AnyResult, SaveWeights
-from xorl.errors import InvalidRequest, UnknownId, XorlError
+from xorl.engine.commands import SaveWeights
+from xorl.errors import EngineLost, InvalidRequest, QueueFull, UnknownId, XorlError
 from xorl.server import schema
 from xorl.server.answers import JsonAnswer
 from xorl.server.checkpoints import CheckpointRef, new_name
@@ -89,26 +88,26 @@ async def unload_model(body: schema.ModelRequest, plane: Plane) -> schema.Future
 
 @router.post("/kill_session")
 async def kill_session(body: schema.KillSessionRequest, plane: Plane) -> schema.KillSessionResponse:
-    """End a model at once, saving it first if asked to. `default` is kept, unless its weights are to be reset."""
+    """End a model, saving it first if asked to; if that fails it is kept. So is `default`, unless it is to be reset."""
     _ = plane.models.info  # without an engine there is nothing to say about sessions
     model = plane.models.find(body.model_id)
     if model is None:
         known = body.model_id == DEFAULT
         message = "nothing to kill" if known else f"there is no session {body.model_id}"
         return schema.KillSessionResponse(success=known, message=message)
+    if body.reset_weights and model.lora is None:
+        raise InvalidRequest("reset_weights: full weights cannot be reset; load_weights restores a checkpoint")
     model.forget()
-    stays = body.model_id == DEFAULT and (model.lora is None or not body.reset_weights)
+    stays = body.model_id == DEFAULT and not body.reset_weights
     ref = CheckpointRef(body.model_id, "weights", new_name("kill"))
-    steps: list[asyncio.Future[AnyResult]] = []
-    if body.save_checkpoint:
-        directory = str(plane.checkpoints.directory(ref))
-        command = SaveWeights(model_id=body.model_id, directory=directory, name=ref.name)
-        steps.append(plane.models.send(model, command))
-    if not stays:
-        steps.append(plane.models.unload(model))
     try:
-        for step in steps:
-            await step
+        if body.save_checkpoint:
+            directory = str(plane.checkpoints.directory(ref))
+            await plane.models.send(model, SaveWeights(model_id=body.model_id, directory=directory, name=ref.name))
+        if not stays and plane.models.find(body.model_id) is model:  # nobody else has ended it meanwhile
+            await plane.models.unload(model)
+    except (QueueFull, EngineLost):
+        raise
     except XorlError as error:
         return schema.KillSessionResponse(success=False, message=str(error))
     message = f"session {body.model_id} is kept" if stays else f"session {body.model_id} has ended"
