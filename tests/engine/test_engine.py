@@ -2,8 +2,8 @@
 
 import errno
 import itertools
-import os
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,9 +291,10 @@ def test_a_full_disk_fails_the_save_and_leaves_what_was_there(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch, pytest.raises(StorageFull, match="checkpoint c: no space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        engine.run(command)
+        with pytest.raises(StorageFull, match="checkpoint c: no space left"):
+            engine.run(command)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     engine.run(command)
 

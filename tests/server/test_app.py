@@ -108,6 +108,12 @@ async def test_errors_are_text_that_names_the_place(server: Server, body: bytes,
     assert response.json()["detail"].startswith(detail)
 
 
+async def test_a_field_called_path_is_named_too(server: Server):
+    assert (await server.refused("load_weights", {"path": None})).startswith("path: ")
+    assert await server.refused("load_weights", {}, 422) == "path: missing"
+    assert (await server.refused("forward", {"forward_input": None})).startswith("forward_input: ")
+
+
 async def test_calls_outside_the_api_are_not_found(server: Server):
     for path in ("/connect_inference_endpoint", "/api/v1/save_full_weights_safetensors", "/api/v1/nope"):
         assert (await server.http.post(path, json={})).status_code == 404

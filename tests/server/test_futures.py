@@ -100,6 +100,17 @@ async def test_what_is_not_finished_does_not_expire():
     release.set()
 
 
+async def test_who_waits_when_the_server_stops_is_answered():
+    futures = Futures(hold_s=5, ttl_s=100)
+    finished, running = futures.add(answer()), futures.add(asyncio.sleep(100, await answer()))
+    assert isinstance(await futures.retrieve(finished), JsonAnswer)
+    waiting = asyncio.create_task(futures.retrieve(running))
+    await asyncio.sleep(0)
+    futures.stop()
+    assert await waiting == Failure("the server is stopping", "server")
+    assert isinstance(await futures.retrieve(finished), JsonAnswer)
+
+
 async def test_an_unknown_id_is_unknown():
     with pytest.raises(UnknownId, match="future_nope not found"):
         await Futures(hold_s=1, ttl_s=1).retrieve("future_nope")

@@ -72,7 +72,8 @@ async def test_a_sync_that_names_no_model_means_the_only_one_and_never_guesses(s
     await add(server)
     await server.create("a")
     await server.post("/sync_inference_weights", {})
-    assert [command.model_id for command in server.engine.sent(SyncWeights)] == ["a"]
+    await server.post("/sync_inference_weights", {"model_id": None})
+    assert [command.model_id for command in server.engine.sent(SyncWeights)] == ["a", "a"]
     await server.create("b")
     answer = await server.post("/sync_inference_weights", {}, status=400)
     assert answer["detail"] == "model_id: missing, and several models are live: a, b"

@@ -211,6 +211,7 @@ async def test_sessions(server: Server):
     assert beat == {"type": "session_heartbeat", "session_id": session["session_id"]}
     await server.refused("session_heartbeat", {"session_id": "nope"}, 404)
     assert (await server.http.post("/api/v1/create_session")).status_code == 200
+    assert (await server.refused("create_session", {"lora_config": {"rank": 8}})).startswith("base_model: missing")
     await server.post("/api/v1/create_session", {"session_id": "m", "base_model": "tiny/base"})
     assert "metrics" in await server.do("optim_step", {"model_id": "m"})
 

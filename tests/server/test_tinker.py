@@ -246,6 +246,13 @@ async def test_a_model_whose_checkpoint_cannot_be_loaded_is_not_left_behind(tink
     assert tinker.engine.sent(UnloadModel)[0].model_id == "s1:train:1"
 
 
+async def test_a_checkpoint_that_cannot_be_loaded_costs_no_model_that_was_there(tinker: Server):
+    await tinker.do("optim_step", {"model_id": MODEL, "seq_id": 1})
+    body = {"session_id": "s1", "model_seq_id": 0, "path": "tinker://s1:train:0/weights/nope"}
+    assert "error" in await tinker.do("load_weights", body)
+    assert (await tinker.do("optim_step", {"model_id": MODEL, "seq_id": 2}))["metrics"]["step"] == 2
+
+
 async def test_start_up(server: Server):
     assert await server.post("/api/v1/client/config", {"sdk_version": "0.38.0"}) == {"parallel_fwdbwd_chunks": False}
     assert await server.post("/api/v1/client/dynamic_config", {}) == {}

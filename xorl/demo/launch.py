@@ -15,6 +15,8 @@ import httpx
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 20
+MAX_BATCH_TOKENS = 1024
+"""Bounds the activations: training SmolLM2-135M, the engine peaked at 4.3 GiB, and at 9.0 GiB with the server's 8192."""
 
 
 class Servers(NamedTuple):
@@ -27,9 +29,10 @@ class Servers(NamedTuple):
 @contextmanager
 def servers(model: str, output: Path) -> Iterator[Servers]:
     """`xorl serve` and `xorl sampler` on free ports of this machine, both ready; their logs are in `output`."""
+    trainer = ("serve", "--model", model, "--output-dir", str(output), "--max-batch-tokens", str(MAX_BATCH_TOKENS))
     with ExitStack() as stack:
         starting = [
-            stack.enter_context(_process(output / "serve.log", "serve", "--model", model, "--output-dir", str(output))),
+            stack.enter_context(_process(output / "serve.log", *trainer)),
             stack.enter_context(_process(output / "sampler.log", "sampler", "--model", model)),
         ]
         for server in starting:

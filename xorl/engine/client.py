@@ -61,7 +61,9 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the engine; what it has not finished fails with EngineLost."""
-        self._on_failed_start = lambda: None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._process.returncode is None:
             self._process.terminate()
             try:
@@ -70,9 +72,6 @@ class EngineClient:
                 self._process.kill()
                 await self._process.wait()
         self._lose("the server is stopping")
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._socket.close()
         self._directory.cleanup()
         self._spill_dir.cleanup()

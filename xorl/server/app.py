@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -30,8 +31,10 @@ from xorl.server.store import Store
 from xorl.sync import receiver
 
 EXPIRY_INTERVAL_S = 60.0
+STOP_GRACE_S = 4.0
+"""What runs may take this long to finish when the server is told to stop."""
 
-NOT_IN_ERRORS = ("body", "query", "path", "forward_backward_input", "forward_input", "Tensor", "list[any]")
+NOT_IN_ERRORS = ("forward_backward_input", "forward_input", "Tensor", "list[any]")
 """Parts of a validation error's place that say nothing to the caller."""
 
 log = structlog.get_logger()
@@ -49,11 +52,22 @@ def serve(config: Config) -> None:
     options = uvicorn.Config(
         create_app(config, engine), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5
     )
-    server = uvicorn.Server(options)
+    server = _Server(options)
     log.info("listening", url=f"http://{host}:{port}")
     server.run()
     if engine.failed_to_start:
         sys.exit(1)
+
+
+class _Server(uvicorn.Server):
+    """Answers all who still wait for a result before uvicorn cuts them off."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app = self.config.app
+        assert isinstance(app, FastAPI)
+        futures: Futures = app.state.plane.futures
+        asyncio.get_running_loop().call_later(STOP_GRACE_S, futures.stop)
+        await super().shutdown(sockets)
 
 
 def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Receiver] | None = None) -> FastAPI:
@@ -138,5 +152,6 @@ async def _validation_error(_: Request, error: Exception) -> JSONResponse:
 
 def _place(location: Sequence[str | int]) -> str:
     """data[3].loss_fn_inputs.weights"""
-    parts = [part for part in location if part not in NOT_IN_ERRORS]
+    _, *inside = location  # after body, query or path
+    parts = [part for part in inside if part not in NOT_IN_ERRORS] or inside
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")

@@ -64,6 +64,11 @@ class Futures:
         self.num_active += 1
         return request_id
 
+    def stop(self) -> None:
+        """Fail all that have no result, so that nobody waits for one."""
+        for entry in self._entries.values():
+            entry.task.cancel()
+
     def failed(self, request_id: str) -> bool:
         entry = self._entries.get(request_id)
         return entry is None or (entry.task.done() and (entry.task.cancelled() or entry.task.exception() is not None))

@@ -88,6 +88,7 @@ class ForwardBackwardRequest(SequencedRequest):
 
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Epsilon = Annotated[float, Field(ge=1e-30)]  # less is 0 in float32, and a parameter without gradient becomes 0 / 0
 
 
 class AdamParamsWire(Wire):
@@ -97,7 +98,7 @@ class AdamParamsWire(Wire):
     learning_rate: Rate | None = None
     beta1: Decay | None = None
     beta2: Decay | None = None
-    eps: Rate | None = None
+    eps: Epsilon | None = None
     weight_decay: Rate | None = None
     grad_clip_norm: Rate | None = None
 
@@ -131,7 +132,7 @@ class OptimizerConfig(Wire):
     learning_rate: Rate | None = Field(None, validation_alias=alias("learning_rate", "lr"))
     weight_decay: Rate | None = None
     betas: tuple[Decay, Decay] | None = None
-    eps: Rate | None = None
+    eps: Epsilon | None = None
     optimizer_dtype: str | None = None
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from xorl.server.schema import ModelId, ModelInput, ModelRequest, Rate, Seed, SeqId, SessionId, Tensor, Wire
+from xorl.server.schema import ModelId, ModelInput, Rate, Seed, SeqId, SessionId, Tensor, Wire, alias
 from xorl.types import CacheMode, PauseMode
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -61,7 +61,8 @@ class EndpointRows(Wire):
     count: int
 
 
-class SyncRequest(ModelRequest, SyncTransport):
+class SyncRequest(SyncTransport):
+    model_id: ModelId | None = Field(None, validation_alias=alias("model_id", "session_id"))
     flush_cache: bool = False
     cache_invalidation_mode: CacheMode = "auto"
     pause_mode: PauseMode = "retract"

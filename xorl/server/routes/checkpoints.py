@@ -106,14 +106,15 @@ async def load_weights(body: schema.LoadWeightsRequest, plane: Plane, content: D
         raise InvalidRequest(f"path: {body.path!r} holds weights for inference, which cannot be trained on")
     scheme: Scheme = "tinker" if body.path.startswith("tinker://") else "xorl"
     answer = JsonAnswer({"path": ref.uri(scheme), "type": "load_weights"} | ({"model_id": model_id} if creates else {}))
-    if creates and plane.models.find(model_id) is None:
+    created = creates and plane.models.find(model_id) is None
+    if created:
         _create_from(plane, model_id, ref, body)
 
     def start(model: Model) -> Coroutine[Any, Any, Answer]:
         directory = str(plane.checkpoints.directory(ref))
         command = LoadWeights(model_id=model.model_id, directory=directory, optimizer=body.optimizer)
         loading = then(plane.models.send(model, command), lambda _: answer)
-        return _unloaded_if_failed(plane, model, loading) if creates else loading
+        return _unloaded_if_failed(plane, model, loading) if created else loading
 
     seq_id = 0 if creates else body.seq_id  # the first request of a model that makes itself
     return plane.submit(model_id, seq_id, content, start)

@@ -58,7 +58,7 @@ async def sync_inference_weights(body: wire.SyncRequest, plane: Plane) -> wire.S
 
 
 async def _sync(plane: ControlPlane, body: wire.SyncRequest) -> wire.SyncResponse:
-    model = plane.models[body.model_id] if "model_id" in body.model_fields_set else plane.models.unnamed()
+    model = plane.models.unnamed() if body.model_id is None else plane.models[body.model_id]
     targets = plane.endpoints.in_pools(body.pools)
     if not targets:
         where = "" if body.pools is None else f" in pools {', '.join(body.pools)}"

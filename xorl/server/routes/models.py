@@ -139,6 +139,8 @@ async def create_session(plane: Plane, body: schema.CreateSessionRequest | None 
         ensure_model(
             plane, session_id, schema.CreateModelRequest(base_model=body.base_model, lora_config=body.lora_config)
         )
+    elif body.lora_config is not None:
+        raise InvalidRequest("base_model: missing, without which lora_config makes no model")
     plane.store.put_session(session_id)
     return schema.CreateSessionResponse(session_id=session_id)
 
