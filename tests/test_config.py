@@ -37,6 +37,15 @@ def test_an_unknown_yaml_setting_is_named(tmp_path: Path) -> None:
         load({"model": "m"}, file, {})
 
 
+def test_an_empty_yaml_section_is_as_good_as_none(tmp_path: Path) -> None:
+    file = tmp_path / "xorl.yaml"
+    file.write_text("base: {model: m}\nhttp:\n")
+    assert load({}, file, {}).http.port == 5555
+    file.write_text("1: {model: m}\n")
+    with pytest.raises(ConfigError, match="expected sections"):
+        load({}, file, {})
+
+
 def test_an_open_door_needs_a_key_or_a_flag() -> None:
     load({"model": "m", "host": "0.0.0.0", "api_key": "k"}, environ={})
     load({"model": "m", "host": "0.0.0.0", "allow_remote_without_key": True}, environ={})

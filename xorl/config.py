@@ -126,9 +126,10 @@ def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
         tree = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(tree, dict) or not all(isinstance(values, dict) for values in tree.values()):
+    sections = {name: values or {} for name, values in tree.items()} if isinstance(tree, dict) else None
+    if sections is None or not all(isinstance(n, str) and isinstance(v, dict) for n, v in sections.items()):
         raise ConfigError(f"{path}: expected sections ({', '.join(Config.model_fields)}) of settings")
-    return tree
+    return sections
 
 
 def _explain(line: Any, sources: Mapping[str, str]) -> str:

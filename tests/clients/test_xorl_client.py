@@ -131,7 +131,7 @@ def test_a_new_client_resumes_from_state(
     path = client.save_state().result().path
     saved = logprobs(client.forward(data()).result())
     client.unload().result()
-    resumed = service.create_training_client_from_state_with_optimizer(path, rank=4, alpha=8)
+    resumed = service.create_training_client_from_state_with_optimizer(path, rank=4)
     assert resumed.model_id == model_id
     assert logprobs(resumed.forward(data()).result()) == saved
     assert resumed.optim_step(ADAM).result().metrics["grad_norm"] == 0

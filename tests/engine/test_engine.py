@@ -270,6 +270,28 @@ def test_a_checkpoint_of_another_rank_is_refused_by_name(engine: Engine, tmp_pat
         engine.run(LoadWeights(model_id="other", directory=str(tmp_path / "c"), optimizer=True))
 
 
+def test_an_adapters_alpha_is_restored_with_it(engine: Engine, tmp_path: Path) -> None:
+    train(engine, some_datums(), steps=3)
+    engine.run(SaveWeights(model_id="m", directory=str(tmp_path / "c"), name="c"))
+    engine.run(CreateModel(model_id="other", lora=LoraSpec(rank=4)))
+    engine.run(LoadWeights(model_id="other", directory=str(tmp_path / "c"), optimizer=True))
+    assert np.array_equal(evaluate(engine, some_datums()), evaluate(engine, some_datums(), "other"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    engine: Engine, new_engine: NewEngine, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    engine.run(SaveWeights(model_id="m", directory=str(tmp_path / "c"), name="c"))
+    for settings, lora, message in (
+        ({"model": str(tiny_models["llama"])}, SPEC, "base model"),
+        ({"full": True}, None, "full weights"),
+    ):
+        other = new_engine(**settings)
+        other.run(CreateModel(model_id="default", lora=lora))
+        with pytest.raises(CheckpointError, match=message):
+            other.run(LoadWeights(model_id="default", directory=str(tmp_path / "c"), optimizer=True))
+
+
 def test_saving_over_a_checkpoint_needs_replace(engine: Engine, tmp_path: Path) -> None:
     engine.run(SaveWeights(model_id="m", directory=str(tmp_path / "c"), name="c"))
     with pytest.raises(InvalidRequest, match="exists already"):

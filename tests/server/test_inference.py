@@ -56,6 +56,12 @@ async def test_what_is_down_or_not_allowed_is_not_added(server: Server):
     assert "inference_hosts" in refused["message"]
 
 
+async def test_a_worker_port_of_its_own_is_refused_by_name(server: Server):
+    answer = await server.post("/add_inference_endpoint", {"host": "127.0.0.1", "port": 30000, "worker_port": 30001})
+    assert answer["success"] is False
+    assert answer["message"].startswith("worker_port: 30001")
+
+
 async def test_any_host_can_be_allowed(serve):
     async with serve(inference_hosts="*") as server:
         assert (await add(server, host="10.0.0.1"))["success"]

@@ -16,7 +16,7 @@ import httpx
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 20
 MAX_BATCH_TOKENS = 1024
-"""Bounds the activations: training SmolLM2-135M, the engine peaked at 4.3 GiB, and at 9.0 GiB with the server's 8192."""
+"""Bounds the activations: with SmolLM2-135M the engine peaked at 4.3 GiB, against 9.0 GiB at the default 8192."""
 
 
 class Servers(NamedTuple):

@@ -48,20 +48,14 @@ def save_training(
         return _write_manifest(draft, "training", model, base, model_id, name, user_metadata)
 
 
-def load_training(model: TrainedModel, directory: Path, *, optimizer: bool) -> None:
-    """Restore what `save_training` wrote, to the bit; drops accumulated gradients.
+def load_training(model: TrainedModel, base: BaseModel, directory: Path, *, optimizer: bool) -> None:
+    """Restore what `save_training` wrote, to the bit, an adapter's alpha with it; drops accumulated gradients.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another shape of model; nothing was changed.
+        CheckpointError: the checkpoint is damaged or belongs to another model; nothing was changed.
     """
     manifest = read_manifest(directory)
-    if manifest.lora is None and model.spec is not None:
-        raise CheckpointError(f"{manifest.name}: holds full weights, the model trains a LoRA adapter")
-    if model.spec is not None and manifest.lora is not None:
-        for field in ("rank", "alpha", "target_modules"):
-            stored, wanted = getattr(manifest.lora, field), getattr(model.spec, field)
-            if stored != wanted:
-                raise CheckpointError(f"{manifest.name}: its lora {field} is {stored}, the model's is {wanted}")
+    _refuse_other_model(model, base, manifest)
     verify(directory, manifest)
     state = {key: torch.empty_like(value) for key, value in _training_state(model).items()}
     try:
@@ -69,6 +63,7 @@ def load_training(model: TrainedModel, directory: Path, *, optimizer: bool) -> N
             dcp.load(state, checkpoint_id=directory, no_dist=True)
     except (CheckpointException, OSError, ValueError) as error:
         raise CheckpointError(f"{manifest.name}: {_reason(error)}") from error
+    model.spec = manifest.lora
     model.drop_gradients()
     model.num_mean_tokens = 0
     model.new_optimizer()
@@ -109,6 +104,21 @@ def verify(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{manifest.name}/{file}: the file is missing")
         if _sha256(path) != digest:
             raise CheckpointError(f"{manifest.name}/{file}: its checksum differs from the manifest's")
+
+
+def _refuse_other_model(model: TrainedModel, base: BaseModel, manifest: Manifest) -> None:
+    if Path(manifest.base_model).name != Path(base.path).name:  # a folder may have moved
+        raise CheckpointError(f"{manifest.name}: its base model is {manifest.base_model}, served is {base.path}")
+    if model.spec is None or manifest.lora is None:
+        if model.spec is not manifest.lora:
+            kinds = ("full weights", "a LoRA adapter")
+            stored, wanted = kinds[manifest.lora is not None], kinds[model.spec is not None]
+            raise CheckpointError(f"{manifest.name}: it holds {stored}, the model trains {wanted}")
+        return
+    for field in ("rank", "target_modules"):
+        stored, wanted = getattr(manifest.lora, field), getattr(model.spec, field)
+        if stored != wanted:
+            raise CheckpointError(f"{manifest.name}: its lora {field} is {stored}, the model's is {wanted}")
 
 
 def _parameters(model: TrainedModel) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class Engine:
                 return self._save_weights(command)
             case LoadWeights():
                 model = self.models[command.model_id]
-                checkpoint.load_training(model, Path(command.directory), optimizer=command.optimizer)
+                checkpoint.load_training(model, self.base, Path(command.directory), optimizer=command.optimizer)
                 return Done()
             case SaveSampler():
                 return self._save_sampler(command)

@@ -103,6 +103,8 @@ class Endpoints:
         address = (asked.host, asked.port)
         if "*" not in self._allowed and asked.host not in self._allowed:
             return f"host {asked.host} is not allowed; inference_hosts allows {', '.join(sorted(self._allowed))}"
+        if asked.worker_port not in (None, asked.port):
+            return f"worker_port: {asked.worker_port} is not supported; weights are announced at port {asked.port}"
         if address in self._endpoints:
             return f"{asked.host}:{asked.port} is already registered"
         receiver = self._connect(asked.host, asked.port)
