@@ -40,6 +40,7 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.logprobs --small
+	$(BIN)/python -m bench.aot
 
 demo: $(STAMP)
 	$(BIN)/xorl demo --seed $(SEED) $(if $(MODEL),--model "$(MODEL)")
