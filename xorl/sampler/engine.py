@@ -40,6 +40,7 @@ class Engine:
         self._running = Batch(network)
         self._paused = False
         self._alone: deque[Callable[[], None]] = deque()
+        self._behind: deque[Row] = deque()  # rows that came after the first of `_alone`
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="sampler-engine", daemon=True)
         self._thread.start()
@@ -50,7 +51,7 @@ class Engine:
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queue rows; the future of each has it when it is finished."""
-        self._post(lambda: self._waiting.extend(rows))
+        self._post(lambda: (self._behind if self._alone else self._waiting).extend(rows))
 
     def call(self, action: Callable[[], T]) -> "Future[T]":
         """Run `action` between two steps."""
@@ -59,7 +60,7 @@ class Engine:
         return future
 
     def call_alone(self, action: Callable[[], T], *, abort: bool = False) -> "Future[T]":
-        """Run `action` when generation is paused or no row runs; new rows wait behind it."""
+        """Run `action` when generation is paused or all rows that came before are finished; new rows wait behind it."""
         future: Future[T] = certain_future()
 
         def enqueue() -> None:
@@ -94,7 +95,7 @@ class Engine:
 
     def abort(self, prefix: str) -> None:
         """End every row whose request_id starts with `prefix`, as SGLang matches them."""
-        rows = (*self._running.rows, *self._waiting)
+        rows = (*self._running.rows, *self._waiting, *self._behind)
         self.abort_rows([row for row in rows if row.prompt.request_id.startswith(prefix)])
 
     def abort_rows(self, rows: Sequence[Row]) -> None:
@@ -102,7 +103,10 @@ class Engine:
             if row.finish is None:
                 row.end(Abort(), self.weight_version)
         self._running.drop_finished()
-        self._waiting = deque(row for row in self._waiting if row.finish is None)
+        for queued in (self._waiting, self._behind):
+            unfinished = [row for row in queued if row.finish is None]
+            queued.clear()
+            queued.extend(unfinished)
 
     def flush(self) -> bool:
         """Whether no keys and values of older weights are left; there is no cache beyond the running rows."""
@@ -137,8 +141,11 @@ class Engine:
     def _loop(self) -> None:
         while not self._stopped:
             self._receive()
-            while self._alone and (self._paused or not self._running.rows):
+            while self._alone and (self._paused or not (self._running.rows or self._waiting)):
                 self._alone.popleft()()
+            if not self._alone:
+                self._waiting.extend(self._behind)
+                self._behind.clear()
             if not self._paused:
                 try:
                     self._step()
@@ -158,7 +165,7 @@ class Engine:
             pass
 
     def _step(self) -> None:
-        admitted = [] if self._alone else self._admit()
+        admitted = self._admit()
         if admitted:
             self._running.prefill(admitted, self.weight_version)
         elif self._running.rows:
