@@ -17,12 +17,16 @@ PauseMode = Literal["retract", "abort", "in_place"]
 
 
 class LoraSpec(msgspec.Struct, frozen=True):
-    """The shape and the start of one adapter; its scale is alpha / rank."""
+    """The shape and the start of one adapter."""
 
     rank: int = 32
     alpha: float = 32.0
     target_modules: tuple[str, ...] = LORA_PROJECTIONS
     seed: int | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 class AdamParams(msgspec.Struct, frozen=True):

@@ -49,8 +49,10 @@ class TrainedModel:
     def span(self, num_tokens: int) -> Span:
         assert self.spec is not None
         layers = {name.rpartition(".")[0] for name in self.parameters}
-        adapter = {layer: LoraPair(*(self.parameters[f"{layer}.{side}"] for side in SIDES)) for layer in layers}
-        return Span(0, num_tokens, adapter, self.spec.alpha / self.spec.rank)
+        return Span(0, num_tokens, {layer: self.pair(layer) for layer in layers}, self.spec.scale)
+
+    def pair(self, layer: str) -> LoraPair:
+        return LoraPair(*(self.parameters[f"{layer}.{side}"] for side in SIDES))
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -207,9 +207,8 @@ def _unembedding_tail(model: TrainedModel, hidden_TH: Tensor) -> tuple[Tensor, T
     """The adapter's own addition to the logits, (s h Aᵀ, B), where it trains the unembedding."""
     if model.spec is None or UNEMBEDDING not in model.spec.target_modules:
         return None
-    pair = model.span(0).adapter[UNEMBEDDING]
-    scale = model.spec.alpha / model.spec.rank
-    return hidden_TH @ (scale * pair.a_RI).to(hidden_TH.dtype).T, pair.b_OR.to(hidden_TH.dtype)
+    pair = model.pair(UNEMBEDDING)
+    return hidden_TH @ (model.spec.scale * pair.a_RI).to(hidden_TH.dtype).T, pair.b_OR.to(hidden_TH.dtype)
 
 
 def _refuse_non_finite(logprobs_TK: Tensor, loss_T: Tensor, offsets: list[int]) -> None:

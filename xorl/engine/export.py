@@ -46,8 +46,8 @@ def _producer(name: str, weight: Tensor, model: TrainedModel, dtype: torch.dtype
     layer = name.removesuffix(".weight")
     if model.spec is None or f"{layer}.{SIDES[0]}" not in model.parameters:
         return lambda: weight.detach().to(dtype)
-    scale = model.spec.alpha / model.spec.rank
-    a_RI, b_OR = (model.parameters[f"{layer}.{side}"] for side in SIDES)
+    scale = model.spec.scale
+    a_RI, b_OR = model.pair(layer)
 
     def merge() -> Tensor:
         return torch.addmm(weight.float(), b_OR, a_RI, alpha=scale).detach().to(dtype)
