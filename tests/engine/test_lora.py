@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from xorl.engine.lora import Adapter, LoraPair, Span, attach, init_pairs, layer_shapes
+from xorl.engine.lora import Adapter, Pair, Span, attach, init_pairs, layer_shapes
 from xorl.types import LORA_PROJECTIONS, LoraSpec
 
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def random_adapter(model: nn.Module, rank: int, seed: int, targets: tuple[str, .
     pairs = init_pairs(layer_shapes(model, targets), LoraSpec(rank=rank, seed=seed), CPU)
     generator = torch.Generator().manual_seed(seed + 1000)
     return {
-        name: LoraPair(a_RI, (torch.randn(b_OR.shape, generator=generator) / 4).requires_grad_())
+        name: Pair(a_RI, (torch.randn(b_OR.shape, generator=generator) / 4).requires_grad_())
         for name, (a_RI, b_OR) in pairs.items()
     }
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from xorl.engine.lora import LoraPair, Span, init_pairs, layer_shapes
+from xorl.engine.lora import Pair, Span, init_pairs, layer_shapes
 from xorl.engine.model import BaseModel
 from xorl.errors import InvalidRequest, NonFinite, StorageFull, UnknownId
 from xorl.types import AdamParams, LoraSpec
@@ -51,14 +51,16 @@ class TrainedModel:
         layers = {name.rpartition(".")[0] for name in self.parameters}
         return Span(0, num_tokens, {layer: self.pair(layer) for layer in layers}, self.spec.scale)
 
-    def pair(self, layer: str) -> LoraPair:
-        return LoraPair(*(self.parameters[f"{layer}.{side}"] for side in SIDES))
+    def pair(self, layer: str) -> Pair:
+        return Pair(*(self.parameters[f"{layer}.{side}"] for side in SIDES))
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Add the gradients of what runs inside to the accumulated ones; if it fails, leave those as they were."""
         before = {name: parameter.grad for name, parameter in self.parameters.items()}
         self.drop_gradients()
+        if self.spec is not None:
+            self._new_gradients()
         try:
             yield
         except BaseException:
@@ -69,6 +71,13 @@ class TrainedModel:
             earlier = before[name]
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else parameter.grad.add_(earlier)
+
+    def _new_gradients(self) -> None:
+        """Zeros for the kernels to add to: parts of one tensor, since a launch for each would take its time."""
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        parts = torch.zeros(sum(sizes), device=next(iter(self.parameters.values())).device).split(sizes)
+        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def drop_gradients(self) -> None:
         for parameter in self.parameters.values():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xorl.config import Config
 from xorl.engine import checkpoint, losses
@@ -191,7 +191,7 @@ class Engine:
         return self._sync.push(command, merged_tensors(self.models[command.model_id], self.base))
 
     def _move_to(self, device: torch.device, *, asleep: bool) -> Done:
-        nn.Module.to(self.base.network, device)
+        self.base.move(device)
         self.models.move(device)
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -13,18 +13,13 @@ from torch import Tensor, nn
 
 from xorl.errors import InvalidRequest
 from xorl.types import LORA_PROJECTIONS, UNEMBEDDING, LoraSpec
-from xorl_kernels.fused_lora import Segment, fused_lora
+from xorl_kernels.fused_lora import Base, Pair, Segment, fused_lora
 
-
-class LoraPair(NamedTuple):
-    """One adapter's share of one layer."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-
-
-Adapter = Mapping[str, LoraPair]
+Adapter = Mapping[str, Pair]
 """Layer name, as the base model calls it, to the adapter's pair there."""
+
+OF_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that read what their neighbours read, in the models of Hugging Face."""
 
 
 class Span(NamedTuple):
@@ -41,6 +36,7 @@ class Router:
 
     def __init__(self) -> None:
         self._spans: Sequence[Span] = ()
+        self.groups: list[LoraGroup] = []
 
     @contextmanager
     def routing(self, spans: Sequence[Span]) -> Iterator[None]:
@@ -50,38 +46,100 @@ class Router:
             yield
         finally:
             self._spans = ()
+            for group in self.groups:
+                group.forget()
 
-    def segments(self, layer: str) -> list[Segment]:
+    def segments(self, layers: Sequence[str]) -> list[Segment]:
         return [
-            Segment(span.start, span.stop, *span.adapter[layer], span.scale)
+            Segment(span.start, span.stop, tuple(span.adapter.get(layer) for layer in layers), span.scale)
             for span in self._spans
-            if layer in span.adapter
         ]
+
+    def restack(self) -> None:
+        """To be called when the network's weights have moved."""
+        for group in self.groups:
+            group.stack()
+
+
+class LoraGroup:
+    """Linear layers of one input, such as q, k and v: the first that is called computes all."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], router: Router) -> None:
+        self.members = [LoraLinear(layer, self, index) for index, layer in enumerate(layers.values())]
+        self._names, self._router = tuple(layers), router
+        self.stack()
+        self.forget()
+
+    def stack(self) -> None:
+        """Lay the members' weights into one matrix, of which each becomes a part."""
+        sizes = tuple(member.out_features for member in self.members)
+        biases = [member.bias for member in self.members if member.bias is not None]
+        weight_OI = _stacked([member.weight for member in self.members])
+        self._base = Base(weight_OI, _stacked(biases) if biases else None, sizes)
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """[..., O] of one member; the others' are kept until they are asked for."""
+        if x is not self._x or index not in self._outputs:
+            segments = self._router.segments(self._names)
+            self._x, self._outputs = x, dict(enumerate(fused_lora(x.reshape(-1, x.shape[-1]), self._base, segments)))
+        y_TO = self._outputs.pop(index)
+        if not self._outputs:
+            self.forget()
+        return y_TO.view(*x.shape[:-1], -1)
+
+    def forget(self) -> None:
+        self._x: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer plus whatever adapters the router names."""
 
-    def __init__(self, base: nn.Linear, name: str, router: Router) -> None:
+    def __init__(self, base: nn.Linear, group: LoraGroup, index: int) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
-        self._name, self._router = name, router
+        self._group, self._index = group, index
 
     def forward(self, x: Tensor) -> Tensor:
-        x_TI = x.reshape(-1, self.in_features)
-        y_TO = fused_lora(x_TI, self.weight, self.bias, self._router.segments(self._name))
-        return y_TO.view(*x.shape[:-1], self.out_features)
+        return self._group.output(self._index, x)
 
 
 def attach(model: nn.Module) -> Router:
     """Put a LoraLinear in place of every projection of `model`; parameter names stay as they were."""
     router = Router()
-    for name, module in list(model.named_modules()):
-        leaf = name.rpartition(".")[2]
-        if leaf in LORA_PROJECTIONS and isinstance(module, nn.Linear):
-            model.set_submodule(name, LoraLinear(module, name, router))
+    for parent_name, parent in list(model.named_modules()):
+        linears = {
+            leaf: layer for leaf in LORA_PROJECTIONS if isinstance(layer := getattr(parent, leaf, None), nn.Linear)
+        }
+        for leaves in _grouped(linears):
+            layers = {f"{parent_name}.{leaf}": linears[leaf] for leaf in leaves}
+            group = LoraGroup(layers, router)
+            router.groups.append(group)
+            for name, member in zip(layers, group.members, strict=True):
+                model.set_submodule(name, member)
     return router
+
+
+def _grouped(linears: Mapping[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """Neighbours of one input together, if they are all there and alike; the others alone."""
+    together = [
+        leaves
+        for leaves in OF_ONE_INPUT
+        if linears.keys() >= set(leaves)
+        and len({(linears[leaf].in_features, linears[leaf].bias is None) for leaf in leaves}) == 1
+    ]
+    return together + [(leaf,) for leaf in linears if not any(leaf in leaves for leaves in together)]
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor, which the parts become views of."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = view
+    return whole
 
 
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -104,14 +162,14 @@ def layer_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[in
     return shapes
 
 
-def init_pairs(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, device: torch.device) -> dict[str, LoraPair]:
+def init_pairs(shapes: Mapping[str, tuple[int, int]], spec: LoraSpec, device: torch.device) -> dict[str, Pair]:
     """A new adapter that leaves the base model's outputs as they are: A uniform as in PEFT, B zero; float32."""
     generator = torch.Generator().manual_seed(spec.seed) if spec.seed is not None else None
     pairs = {}
     for name, (out_features, in_features) in shapes.items():
         bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), PEFT's choice
         a_RI = torch.empty(spec.rank, in_features).uniform_(-bound, bound, generator=generator)
-        pairs[name] = LoraPair(
+        pairs[name] = Pair(
             a_RI.to(device).requires_grad_(), torch.zeros(out_features, spec.rank, device=device, requires_grad=True)
         )
     return pairs

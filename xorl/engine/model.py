@@ -59,6 +59,11 @@ class BaseModel:
             )
         return output.last_hidden_state[0].to(self.dtype)
 
+    def move(self, device: torch.device) -> None:
+        """Put the weights elsewhere, as for sleep; `device` stays where the model computes."""
+        nn.Module.to(self.network, device)
+        self.router.restack()
+
     def _autocast(self) -> AbstractContextManager[object]:
         if self.full and self.dtype != torch.float32:
             return torch.autocast(self.device.type, self.dtype)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from xorl.engine.lora import LoraPair, layer_shapes
+from xorl.engine.lora import Pair, layer_shapes
 from xorl.errors import InvalidRequest
 from xorl.types import LORA_PROJECTIONS, UNEMBEDDING
 
@@ -25,7 +25,7 @@ class LoadedAdapter(msgspec.Struct, frozen=True, eq=False):
 
     name: str
     path: str
-    pairs: dict[str, LoraPair]
+    pairs: dict[str, Pair]
     scale: float
 
 
@@ -55,7 +55,7 @@ class PeftConfig(msgspec.Struct, frozen=True):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-def load_adapter(name: str, path: Path, model: nn.Module, dtype: torch.dtype, device: torch.device) -> LoadedAdapter:
+def load_adapter(name: str, path: Path, model: nn.Module, device: torch.device) -> LoadedAdapter:
     """Read one adapter for `model`, whose projections are LoraLinear.
 
     Raises:
@@ -71,13 +71,11 @@ def load_adapter(name: str, path: Path, model: nn.Module, dtype: torch.dtype, de
         pairs = _pair_up(tensors, shapes, config.r)
     except ValueError as error:
         raise InvalidRequest(f"LoRA adapter {name} at {path}: {error}") from error
-    on_device = {
-        layer: LoraPair(pair.a_RI.to(device, dtype), pair.b_OR.to(device, dtype)) for layer, pair in pairs.items()
-    }
+    on_device = {layer: Pair(*(factor.to(device, torch.float32) for factor in pair)) for layer, pair in pairs.items()}
     return LoadedAdapter(name, str(path), on_device, config.scale)
 
 
-def _pair_up(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, LoraPair]:
+def _pair_up(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, Pair]:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key == f"{_PREFIX}{UNEMBEDDING}.base_layer.weight":
@@ -93,4 +91,4 @@ def _pair_up(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], 
     lone = [layer for layer, pair in sides.items() if len(pair) != 2]
     if lone or not sides:
         raise ValueError(f"lora_A or lora_B is missing for {lone[0]}" if lone else "it holds no tensors")
-    return {layer: LoraPair(pair["lora_A"], pair["lora_B"]) for layer, pair in sides.items()}
+    return {layer: Pair(pair["lora_A"], pair["lora_B"]) for layer, pair in sides.items()}

@@ -79,7 +79,7 @@ class Network:
         for span in spans(adapters, lengths):
             if UNEMBEDDING in span.adapter:
                 a_RH, b_VR = span.adapter[UNEMBEDDING]
-                xa_SR = F.linear(hidden_TH[span.start : span.stop], a_RH) * span.scale
+                xa_SR = F.linear(hidden_TH[span.start : span.stop], a_RH.to(hidden_TH.dtype)) * span.scale
                 logits_TV[span.start : span.stop].addmm_(xa_SR.float(), b_VR.float().T)
         return logits_TV
 

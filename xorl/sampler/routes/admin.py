@@ -98,7 +98,7 @@ async def load_lora(request: Request, sampler: Served) -> Response:
     engine.refuse_loaded(asked.lora_name)
     network = engine.network
     adapter = await asyncio.to_thread(
-        load_adapter, asked.lora_name, Path(asked.lora_path), network.model, network.dtype, network.device
+        load_adapter, asked.lora_name, Path(asked.lora_path), network.model, network.device
     )
     await result(engine.call(lambda: engine.add_adapter(adapter)))
     return encoded(LoraAnswer({name: one.path for name, one in engine.adapters.items()}))
