@@ -10,9 +10,30 @@ from torch import Tensor
 
 from xorl_kernels.dispatch import use_triton
 from xorl_kernels.fp8_quantize import reference
-from xorl_kernels.fp8_quantize.reference import Form, Lora, Piece, ToBfloat16, ToFp8, bytes_needed, scale_shape
+from xorl_kernels.fp8_quantize.reference import (
+    Form,
+    Lora,
+    Piece,
+    ToBfloat16,
+    ToFloat32,
+    ToFp8,
+    bytes_needed,
+    dequantize,
+    scale_shape,
+)
 
-__all__ = ["Form", "Lora", "Packer", "Piece", "ToBfloat16", "ToFp8", "fp8_quantize", "scale_shape"]
+__all__ = [
+    "Form",
+    "Lora",
+    "Packer",
+    "Piece",
+    "ToBfloat16",
+    "ToFloat32",
+    "ToFp8",
+    "dequantize",
+    "fp8_quantize",
+    "scale_shape",
+]
 
 
 class Packer:
