@@ -14,14 +14,15 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from xorl.config import ModelConfig
 from xorl.engine.commands import ModelInfo
-from xorl.engine.lora import Router, attach
+from xorl.engine.lora import LoraLinear, Router, attach
 from xorl.errors import InvalidRequest
 
 
 class BaseModel:
     """A causal language model of Hugging Face's, its layers ready for adapters unless full weights are trained.
 
-    Full weights are float32 masters, computed with in `dtype`; a frozen base is held in `dtype`.
+    Full weights are float32 masters, computed with in `dtype`; a frozen base is held in `dtype`, or its linear layers
+    in FP8.
     """
 
     def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
@@ -32,7 +33,7 @@ class BaseModel:
         self.network = load_network(config.model, torch.float32 if config.full else self.dtype, self.device)
         self.network.set_attn_implementation("xorl_packed")
         self.network.requires_grad_(config.full)
-        self.router = Router() if config.full else attach(self.network)
+        self.router = Router() if config.full else attach(self.network, fp8=config.fp8)
         if activation_checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
             self.network.train()  # transformers recomputes in train mode only; dropout is 0 in the models served
@@ -46,6 +47,12 @@ class BaseModel:
     @property
     def tied(self) -> bool:
         return self.network.get_output_embeddings().weight is self.network.get_input_embeddings().weight  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+    def scales(self, name: str) -> Tensor | None:
+        """Of the 128 × 128 blocks of a parameter that is e4m3 codes."""
+        path, _, kind = name.rpartition(".")
+        layer = self.network.get_submodule(path)
+        return layer.scales if isinstance(layer, LoraLinear) and kind == "weight" else None
 
     def hidden_states(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
         """Final hidden states [T, H], in `dtype`, of sequences laid end to end; none sees its neighbours."""
