@@ -95,13 +95,15 @@ class EngineLoop:
         self._barrier: Numbered | None = None
         self._num_steps = 0
         self._room = threading.Semaphore()  # for one step between prepare and compute
-        self._prepared: Queue[Step] = Queue()
-        self._computed: Queue[Step] = Queue(maxsize=1)
+        self._prepared: Queue[Step | None] = Queue()  # None comes last
+        self._computed: Queue[Step | None] = Queue(maxsize=1)
 
     def run(self, wanted: Callable[[], bool]) -> None:
         """Serve for as long as `wanted`, asked at least once a second."""
-        for stage in (self._compute, self._deliver):
-            threading.Thread(target=_or_end, args=[stage], name=stage.__name__, daemon=True).start()
+        stages = self._compute, self._deliver
+        threads = [threading.Thread(target=_or_end, args=[stage], daemon=True) for stage in stages]
+        for thread in threads:
+            thread.start()
         while wanted():
             if not self._room.acquire(timeout=IDLE_CHECK_S):
                 continue
@@ -110,6 +112,9 @@ class EngineLoop:
                 self._prepared.put(self._prepare(commands))
             else:
                 self._room.release()
+        self._prepared.put(None)
+        for thread in threads:
+            thread.join()
 
     def _receive(self, *, wait: bool) -> None:
         """Queue every command that has arrived; with `wait`, give the first one some time to.
@@ -154,8 +159,7 @@ class EngineLoop:
         return step
 
     def _compute(self) -> None:
-        while True:
-            step = self._prepared.get()
+        for step in iter(self._prepared.get, None):
             self._room.release()
             start = time.perf_counter()
             outcomes = self._engine.compute(step.prepared)
@@ -163,11 +167,11 @@ class EngineLoop:
             step = step._replace(outcomes=outcomes, peak_bytes=peak_bytes)
             self._record("compute", step, start)
             self._computed.put(step)
+        self._computed.put(None)
 
     def _deliver(self) -> None:
         self._send(NUMBER_OF_ENGINE, self._engine.base.info())
-        while True:
-            step = self._computed.get()
+        for step in iter(self._computed.get, None):
             start = time.perf_counter()
             for (number, command), outcome in zip(step.commands, step.outcomes, strict=True):
                 self._send(number, _result(command, outcome))
