@@ -95,6 +95,7 @@ def serving(engine: Engine, trace: Trace | None = None, quantum: int = 64) -> It
     finally:
         ended.set()
         thread.join()
+        context.destroy(linger=0)
 
 
 def some_datums(seed: int, lengths: Sequence[int] = (7, 3)) -> Any:
