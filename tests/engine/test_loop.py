@@ -32,8 +32,7 @@ from xorl.engine.commands import (
     WakeUp,
 )
 from xorl.engine.engine import Engine, Prepared
-from xorl.engine.loop import EngineLoop, Numbered
-from xorl.engine.scheduler import Scheduler
+from xorl.engine.loop import EngineLoop
 from xorl.engine.trace import Span, Trace
 from xorl.errors import XorlError
 from xorl.types import AdamParams, CrossEntropy, LoraSpec, Ppo
@@ -75,7 +74,7 @@ class Client:
 
 
 @contextmanager
-def serving(engine: Engine, trace: Trace | None = None, quantum: int = 64) -> Iterator[Client]:
+def serving(engine: Engine, trace: Trace | None = None) -> Iterator[Client]:
     """A loop for the block."""
     context, ended = zmq.Context(), threading.Event()
     pairs = []
@@ -86,8 +85,7 @@ def serving(engine: Engine, trace: Trace | None = None, quantum: int = 64) -> It
         ours.bind(f"inproc://{name}")
         theirs.connect(f"inproc://{name}")
         pairs.append((ours, theirs))
-    scheduler: Scheduler[Numbered] = Scheduler(quantum)
-    loop = EngineLoop(engine, pairs[0][1], pairs[1][1], scheduler, 64, trace or Trace())
+    loop = EngineLoop(engine, pairs[0][1], pairs[1][1], trace or Trace())
     thread = threading.Thread(target=loop.run, args=[lambda: not ended.is_set()])
     thread.start()
     try:

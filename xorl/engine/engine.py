@@ -61,15 +61,15 @@ class Engine:
 
     def __init__(self, config: Config, spill_dir: Path) -> None:
         """Models that are set aside on the CPU are kept in `spill_dir`, which nobody else may use."""
-        settings = config.engine
+        self.settings = config.engine
         self.base = BaseModel(
             config.base,
-            activation_checkpointing=settings.activation_checkpointing,
-            offload_activations=settings.offload_activations,
+            activation_checkpointing=self.settings.activation_checkpointing,
+            offload_activations=self.settings.offload_activations,
         )
-        self.models = TrainedModels(self.base, settings.max_resident_adapters, spill_dir)
+        self.models = TrainedModels(self.base, self.settings.max_resident_adapters, spill_dir)
         self._transfer = Transfer(self.base.device)
-        self.forward = SharedForward(self.base, self.models, settings, self._transfer)
+        self.forward = SharedForward(self.base, self.models, self.settings, self._transfer)
         self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device)
         self._asleep = False
 

@@ -80,17 +80,15 @@ class EngineLoop:
         engine: Engine,
         commands: zmq.Socket[bytes],
         results: zmq.Socket[bytes],
-        scheduler: Scheduler[Numbered],
-        max_models: int,
         trace: Trace,
     ) -> None:
         """`commands` is read and `results` written, each by one thread."""
         self._engine = engine
         self._commands = commands
         self._results = results
-        self._scheduler = scheduler
-        self._max_models = max_models
         self._trace = trace
+        quantum = max(engine.settings.max_batch_tokens // QUANTA_PER_BATCH, 1)
+        self._scheduler: Scheduler[Numbered] = Scheduler(quantum, engine.settings.weight_of)
         self._decoder = msgspec.msgpack.Decoder(AnyCommand)
         self._barrier: Numbered | None = None
         self._num_steps = 0
@@ -146,7 +144,7 @@ class EngineLoop:
                 return Work(numbered, OPTIM_TOKENS)
 
     def _pick(self) -> Sequence[Numbered]:
-        commands = self._scheduler.next(self._engine.forward.budget.tokens, self._max_models)
+        commands = self._scheduler.next(self._engine.forward.budget.tokens, self._engine.settings.max_resident_adapters)
         if not commands and self._barrier is not None:
             commands, self._barrier = [self._barrier], None
         return commands
@@ -231,20 +229,15 @@ def main() -> None:
         engine = Engine(config, Path(sys.argv[3]))
     except XorlError as error:
         sys.exit(f"xorl: {error}")
-    scheduler: Scheduler[Numbered] = Scheduler(quantum(settings.max_batch_tokens), config.engine.weight_of)
     trace, parent = Trace(), os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    loop = EngineLoop(engine, commands, results, scheduler, settings.max_resident_adapters, trace)
+    loop = EngineLoop(engine, commands, results, trace)
     with contextlib.suppress(SystemExit):
         _or_end(lambda: loop.run(lambda: os.getppid() == parent))
     if settings.trace_path:
         trace.write(Path(settings.trace_path))
     engine.close()
     os._exit(0)  # the other threads may be in the middle of something that nobody waits for
-
-
-def quantum(max_batch_tokens: int) -> int:
-    return max(max_batch_tokens // QUANTA_PER_BATCH, 1)
 
 
 if __name__ == "__main__":
