@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 import zmq
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 from bench.harness import Options, Result, compare, options, report
 from bench.timeline import draw
@@ -64,7 +64,7 @@ class Size(NamedTuple):
     num_futures: int
 
 
-def _qwen3(hidden: int, layers: int, vocab: int, heads: int, head_dim: int = 64) -> dict[str, int]:
+def _network(hidden: int, layers: int, vocab: int, heads: int, head_dim: int = 64) -> dict[str, int]:
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -78,10 +78,12 @@ def _qwen3(hidden: int, layers: int, vocab: int, heads: int, head_dim: int = 64)
     }
 
 
-TINY = Size(_qwen3(64, 2, 128, 4, 16), 64, 16, 3, (1, 4), 8, (30, 1, 7, 3), 64)
-ON_CPU = Size(_qwen3(384, 8, 8192, 6), 512, 64, 8, (1, 4, 16, 64), 16, (256, 17, 90, 33, 200, 5, 120, 64, 12, 48), 4000)
+TINY = Size(_network(64, 2, 128, 4, 16), 64, 16, 3, (1, 4), 8, (30, 1, 7, 3), 64)
+ON_CPU = Size(
+    _network(384, 8, 8192, 6), 512, 64, 8, (1, 4, 16, 64), 16, (256, 17, 90, 33, 200, 5, 120, 64, 12, 48), 4000
+)
 ON_CUDA = Size(
-    _qwen3(1024, 28, 151_936, 16, 128), 8192, 1024, 16, (1, 4, 16, 64), 64, (8192, 128, 900, 4096, 333, 2048), 4000
+    _network(1024, 28, 151_936, 16, 128), 8192, 1024, 16, (1, 4, 16, 64), 64, (8192, 128, 900, 4096, 333, 2048), 4000
 )
 
 
