@@ -78,12 +78,35 @@ def _network(hidden: int, layers: int, vocab: int, heads: int, head_dim: int = 6
     }
 
 
-TINY = Size(_network(64, 2, 128, 4, 16), 64, 16, 3, (1, 4), 8, (30, 1, 7, 3), 64)
+TINY = Size(
+    model=_network(64, 2, 128, 4, 16),
+    batch_tokens=64,
+    sequence=16,
+    num_batches=3,
+    tenants=(1, 4),
+    tenant_tokens=8,
+    lengths=(30, 1, 7, 3),
+    num_futures=64,
+)
 ON_CPU = Size(
-    _network(384, 8, 8192, 6), 512, 64, 8, (1, 4, 16, 64), 16, (256, 17, 90, 33, 200, 5, 120, 64, 12, 48), 4000
+    model=_network(384, 8, 8192, 6),
+    batch_tokens=512,
+    sequence=64,
+    num_batches=8,
+    tenants=(1, 4, 16, 64),
+    tenant_tokens=8,
+    lengths=(256, 17, 90, 33, 200, 5, 120, 64, 12, 48),
+    num_futures=4096,
 )
 ON_CUDA = Size(
-    _network(1024, 28, 151_936, 16, 128), 8192, 1024, 16, (1, 4, 16, 64), 64, (8192, 128, 900, 4096, 333, 2048), 4000
+    model=_network(1024, 28, 151_936, 16, 128),
+    batch_tokens=8192,
+    sequence=1024,
+    num_batches=16,
+    tenants=(1, 4, 16, 64),
+    tenant_tokens=64,
+    lengths=(8192, 128, 900, 4096, 333, 2048),
+    num_futures=4096,
 )
 
 
@@ -93,9 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = TINY if chosen.small else ON_CUDA if chosen.device.type == "cuda" else ON_CPU
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(Qwen3Config(**size.model), dtype=torch.float32).save_pretrained(
-            f"{folder}/model"
-        )
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **size.model), dtype=torch.float32)
+        network.save_pretrained(f"{folder}/model")
         config = load(
             {
                 "model": f"{folder}/model",
