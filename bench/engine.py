@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 import zmq
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.harness import Options, Result, compare, options, report
 from bench.timeline import draw
@@ -89,7 +89,7 @@ TINY = Size(
     num_futures=64,
 )
 ON_CPU = Size(
-    model=_network(384, 8, 8192, 6),
+    model=_network(256, 12, 8192, 4),
     batch_tokens=512,
     sequence=64,
     num_batches=8,
