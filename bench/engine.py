@@ -41,8 +41,8 @@ from xorl.engine.commands import (
 from xorl.engine.engine import Engine
 from xorl.engine.loop import EngineLoop
 from xorl.engine.lora import Span
+from xorl.engine.trace import STAGES, Stage, Trace
 from xorl.engine.trace import Span as TraceSpan
-from xorl.engine.trace import Stage, Trace
 from xorl.types import IGNORED_TARGET, AdamParams, CrossEntropy, LoraSpec
 from xorl_kernels.logprobs import logprobs
 
@@ -183,7 +183,8 @@ def served(engine: Engine, trace: Trace) -> Iterator[Served]:
 def one_by_one(engine: Engine, commands: Sequence[AnyCommand], trace: Trace) -> None:
     """Each request through all stages before the next one: a loop without overlap and without company."""
     decoder = msgspec.msgpack.Decoder(AnyCommand)
-    for number, message in enumerate([msgspec.msgpack.encode(command) for command in commands]):
+    earlier = len(trace.spans()) // len(STAGES)
+    for number, message in enumerate([msgspec.msgpack.encode(command) for command in commands], start=earlier):
         command: AnyCommand = decoder.decode(message)
         with _recorded(trace, "prepare", number, command):
             prepared = engine.prepare([command])
