@@ -9,7 +9,7 @@ import torch
 torch.set_num_threads(1)
 
 # those that take --small; each has a main(arguments)
-NAMES = ["logprobs"]
+NAMES = ["control_plane", "logprobs"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -20,4 +20,4 @@ def test_runs_and_says_where(name, tmp_path, capsys):
     assert {"device", "torch", "commit"} <= header.keys()
     assert results
     assert all(min(result["floor_s"], result["median_s"]) > 0 for result in results)
-    assert "log-probabilities" in capsys.readouterr().out
+    assert "to floor" in capsys.readouterr().out
