@@ -8,6 +8,7 @@ at it: the least that uvicorn can do.
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import subprocess
@@ -246,6 +247,7 @@ def serve(kind: str) -> None:
         app = Ticked(_app(kind, Path(folder)))
         os.sched_setaffinity(0, {nth_core(0)})
         options = uvicorn.Config(app, log_level="warning", access_log=False, proxy_headers=False)
+        gc.freeze()  # as xorl serve does
         uvicorn.Server(options).run([listener])
 
 
