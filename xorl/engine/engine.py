@@ -35,6 +35,7 @@ from xorl.engine.export import merged_tensors
 from xorl.engine.losses import LossInputs
 from xorl.engine.model import BaseModel
 from xorl.errors import Asleep, NonFinite, OutOfMemory
+from xorl.sync.disk import Shelf
 from xorl.sync.push import WeightSync
 from xorl.types import UNEMBEDDING, AnyLoss
 from xorl_kernels.logprobs import logprobs
@@ -48,7 +49,8 @@ class Engine:
         self._config = config.engine
         self.base = BaseModel(config.base, activation_checkpointing=config.engine.activation_checkpointing)
         self.models = TrainedModels(self.base, config.engine.max_resident_adapters, spill_dir)
-        self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device)
+        shelf = Shelf(config.engine.output_dir.resolve() / ".sync", self.base.network.config)
+        self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device, shelf)
         self._asleep = False
 
     def close(self) -> None:
