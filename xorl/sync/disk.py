@@ -3,7 +3,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ class Shelf:
         self._config = config
         self._used: dict[Endpoint, Path] = {}
 
-    def deliver(self, plan: Plan, targets: Targets, version: str, expected: Iterable[Expected]) -> None:
+    def deliver(self, plan: Plan, targets: Targets, version: str, expected: Sequence[Expected]) -> None:
         """Write the weights once and have all who are in load them; who fails is out.
 
         Raises:
@@ -39,34 +39,42 @@ class Shelf:
         """
         folder = self._root / secrets.token_hex(8)
         try:
-            self._write(folder, plan, list(expected))
+            save(plan, folder, self._config, expected)
+            targets.each(lambda target: _load(target, folder, version))
         except (OSError, SafetensorError) as error:
             for target in targets.live:
                 target.fail(f"{folder}: {error}")
-        targets.each(lambda target: _load(target, folder, version))
-        self._used |= {target.endpoint: folder for target in targets.live}
-        self._clear()
-
-    def _write(self, folder: Path, plan: Plan, expected: list[Expected]) -> None:
-        folder.mkdir(parents=True)
-        files: dict[str, str] = {}
-        for number, bucket in enumerate(plan.buckets, 1):
-            file = f"model-{number:05}-of-{len(plan.buckets):05}.safetensors"
-            tensors = tensors_in(bucket, in_new_memory(plan.packer(bucket)))
-            for each in expected:
-                each.add(bucket, tensors)
-            save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
-            files |= dict.fromkeys(tensors, file)
-        index = {"metadata": {}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        config = self._config.to_dict() | ({} if plan.fp8 is None else {"quantization_config": _describe(plan.fp8)})
-        (folder / "config.json").write_text(json.dumps(config))
+        finally:
+            self._used |= {target.endpoint: folder for target in targets.live if target.whole}
+            self._clear()
 
     def _clear(self) -> None:
         """Also what another run of this trainer left behind."""
         for folder in self._root.glob("*"):
             if folder not in self._used.values():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(plan: Plan, folder: Path, config: PretrainedConfig, expected: Sequence[Expected] = ()) -> None:
+    """Write the weights as a model of Hugging Face's, a file for each bucket, and tell `expected` of them.
+
+    Raises:
+        NonFinite: a weight is.
+    """
+    for each in expected:
+        each.clear()
+    folder.mkdir(parents=True)
+    files: dict[str, str] = {}
+    for number, bucket in enumerate(plan.buckets, 1):
+        file = f"model-{number:05}-of-{len(plan.buckets):05}.safetensors"
+        tensors = tensors_in(bucket, in_new_memory(plan.packer(bucket)))
+        for each in expected:
+            each.add(bucket, tensors)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    fields = config.to_dict() | ({} if plan.fp8 is None else {"quantization_config": _describe(plan.fp8)})
+    (folder / "config.json").write_text(json.dumps(fields))
 
 
 def _load(target: Target, folder: Path, version: str) -> None:

@@ -66,16 +66,16 @@ class Groups:
             try:
                 with phases.timed("connect"):
                     link = self._connect(number, party, command, first=first)
+                    begun = targets.each(lambda target: target.dialect.begin())
             except LinkFailed:
                 self._forget(number)
                 refused += [target for target in invited if target.refused]
             else:
-                if targets.each(lambda target: target.dialect.begin()) and self._stream(
-                    number, link, party, phases, first=first
-                ):
+                if begun and self._stream(number, link, party, phases, first=first):
                     break
             first = False
-        targets.each(lambda target: target.dialect.end())
+        with phases.timed("commit"):
+            targets.each(lambda target: target.dialect.end())
         for target in targets.live:
             target.whole = True
         return refused
