@@ -51,6 +51,7 @@ class FakeSglang:
         die_at: int | None = None,
         stall_at: int | None = None,
         api_key: str | None = None,
+        port: int = 0,
         **info: object,
     ) -> None:
         self.sessions, self.two_phase = sessions and not two_phase, two_phase
@@ -69,7 +70,7 @@ class FakeSglang:
         self.post_processed = 0
         self.num_buckets = 0
         self.released = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._server.daemon_threads = True
 
     @property
@@ -87,6 +88,9 @@ class FakeSglang:
             self._server.shutdown()
             thread.join()
             self._server.server_close()
+
+    def answered(self, path: str) -> None:
+        """An answer has left."""
 
     def has(self, path: str) -> bool:
         absent = [] if self.sessions else ["/begin_weight_update", "/end_weight_update"]
@@ -289,6 +293,8 @@ def _handler(fake: FakeSglang) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
+            self.wfile.flush()
+            fake.answered(self.path)
 
         do_GET = do_POST
 
