@@ -1,5 +1,6 @@
 """Pushes into servers that speak SGLang's protocol and really join the update group."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from xorl.sync.broadcast import ReferenceBroadcast
 from xorl.sync.disk import Shelf
 from xorl.sync.formats import Weight
 from xorl.sync.push import WeightSync
+from xorl_kernels.fp8_quantize import Lora, reference
 
 BUCKET_BYTES = 1000
 TIMEOUT_S = 5.0
@@ -422,3 +424,105 @@ def test_where_checksums_cannot_be_foretold_servers_are_compared(start, shelved)
     report = shelved.push(command(one, two, verify=True), llama(1))
     assert outcome(report) == [False, False]
     assert "hold different weights" in report.endpoints[0].message
+
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+WIDE = LlamaConfig(
+    vocab_size=40, hidden_size=192, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, head_dim=128
+)
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> str:
+    """The folder of an FP8 model that leaves one layer as it is."""
+    WIDE.save_pretrained(tmp_path / "quantised")
+    config = tmp_path / "quantised" / "config.json"
+    fields = json.loads(config.read_text())
+    form = BLOCKS | {"modules_to_not_convert": ["model.layers.1"]}
+    config.write_text(json.dumps(fields | {"quantization_config": form}))
+    return str(config.parent)
+
+
+def merged(seed: int) -> list[Weight]:
+    """A model with an adapter on every projection."""
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(WIDE, dtype=torch.bfloat16)
+    return [
+        Weight(name, parameter.detach(), torch.bfloat16, lora_for(parameter) if "_proj" in name else None)
+        for name, parameter in network.named_parameters()
+    ]
+
+
+def lora_for(matrix: Tensor) -> Lora:
+    rows, cols = matrix.shape
+    return Lora(torch.randn(4, cols) * 0.1, torch.randn(rows, 4) * 0.1, 0.5)
+
+
+def merge(weight: Weight) -> Tensor:
+    return reference.merge(weight.tensor, weight.lora)
+
+
+def assert_serves_codes(server: FakeSglang, weights: list[Weight]) -> None:
+    """The codes and scales of layer 0's projections are those of the merged weights; the rest is plain."""
+    for weight in weights:
+        served = server.weights.pop(weight.name)
+        if "layers.0" in weight.name and "_proj" in weight.name:
+            codes, scales = reference.quantize(merge(weight))
+            torch.testing.assert_close(served.float(), codes.float(), rtol=0, atol=0)
+            torch.testing.assert_close(server.weights.pop(f"{weight.name}_scale_inv"), scales, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(served, merge(weight), rtol=0, atol=0)
+    assert not server.weights
+
+
+@pytest.mark.parametrize("bucket_bytes", [1000, 70_000, 1 << 20])
+def test_an_fp8_server_gets_the_codes_and_scales_of_merged_weights(start, sync, quantised, bucket_bytes):
+    server, weights = start(model_path=quantised), merged(0)
+    report = sync.push(command(server, bucket_bytes=bucket_bytes), weights)
+    assert report.endpoints == [EndpointReport("127.0.0.1", server.port, True, "")]
+    assert report.total_bytes == sum(tensor.nbytes for tensor in server.weights.values())
+    assert_serves_codes(server, weights)
+
+
+def test_servers_of_different_forms_are_pushed_one_form_after_the_other(start, sync, quantised, tmp_path):
+    WIDE.save_pretrained(tmp_path / "plain")
+    plain, blocks, other = start(model_path=str(tmp_path / "plain")), start(model_path=quantised), start()
+    for seed in range(2):
+        report = sync.push(command(plain, blocks, other), merged(seed))
+        assert outcome(report) == [True] * 3
+        for server in (plain, other):
+            for weight in merged(seed):
+                torch.testing.assert_close(server.weights[weight.name], merge(weight), rtol=0, atol=0)
+        assert_serves_codes(blocks, merged(seed))
+        for server in (plain, blocks, other):
+            assert not server.paused
+            assert server.calls.count("/init_weights_update_group") == 1, "groups are kept"
+    assert report.num_parameters == len(merged(0))
+
+
+def test_a_form_that_fails_leaves_the_other_form_whole(start, sync, quantised, tmp_path):
+    WIDE.save_pretrained(tmp_path / "plain")
+    plain, blocks = start(model_path=str(tmp_path / "plain"), die_at=1), start(model_path=quantised)
+    assert outcome(sync.push(command(plain, blocks), merged(0))) == [False, True]
+    assert_serves_codes(blocks, merged(0))
+    assert plain.paused
+
+
+def test_a_server_that_takes_no_fp8_is_refused_and_the_other_is_not(start, sync, quantised, tmp_path):
+    WIDE.save_pretrained(tmp_path / "plain")
+    plain, blocks = start(model_path=str(tmp_path / "plain")), start(model_path=quantised)
+    asked = Fp8("block", not_converted=("model.layers.1",))
+    report = sync.push(command(plain, blocks, quantization=asked), merged(0))
+    assert outcome(report) == [False, True]
+    assert "would be misread" in report.endpoints[0].message
+    assert "/pause_generation" not in plain.calls
+    assert_serves_codes(blocks, merged(0))
+
+
+def test_fp8_weights_on_disk_say_how_they_are_quantised(start, quantised, tmp_path):
+    sync = WeightSync(TIMEOUT_S, torch.device("cpu"), Shelf(tmp_path / "shelf", WIDE))
+    server = start(model_path=quantised, dp_size=2)
+    for seed in range(2):  # the second one reads the folder of the first
+        assert outcome(sync.push(command(server), merged(seed))) == [True]
+        assert_serves_codes(server, merged(seed))
+    sync.close()
