@@ -102,6 +102,7 @@ def test_sglang_serves_what_was_pushed(tmp_path: Path, tied: bool) -> None:
 def test_plain_quantised_and_separate_servers_in_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one has FP8 blocks; the third one is kept out of the group, and reads from disk."""
     config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
         vocab_size=128,
         hidden_size=256,
         intermediate_size=384,
@@ -136,6 +137,7 @@ def test_plain_quantised_and_separate_servers_in_one_sync(tmp_path: Path, monkey
 
 def test_stacked_experts_arrive(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
         vocab_size=128,
         hidden_size=64,
         intermediate_size=128,

@@ -5,6 +5,7 @@ All weights of version v are filled with the number v, so an answer shows from w
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
@@ -80,7 +81,7 @@ class MortalSglang(FakeSglang):
             return
         self._fault = fault._replace(nth=fault.nth - 1) if fault.nth else None
         if not fault.nth:
-            os.kill(os.getpid(), fault.signal)
+            signal.pthread_kill(threading.get_ident(), fault.signal)  # takes effect before this returns
 
 
 def _serve(port: int, ready: Connection) -> None:

@@ -88,7 +88,10 @@ class Targets:
 
     @contextmanager
     def paused(self, mode: PauseMode, phases: Phases) -> Iterator[None]:
-        """Generation rests meanwhile. Who then has whole weights, old or new, goes on; a mixture is never served."""
+        """Generation rests meanwhile. Who then has whole weights, old or new, goes on.
+
+        Others stay as they are: with a mixture, or with keys and values of the old weights, for all that is known.
+        """
         with phases.timed("pause"):
             self.each(lambda target: target.receiver.pause(mode))
         try:
@@ -140,4 +143,4 @@ def _message(target: Target) -> str:
         return "; ".join(target.remarks)
     if target.servable:
         return target.problem
-    return f"{target.problem}; it stays paused, for its weights are not those it should have, until a sync succeeds"
+    return f"{target.problem}; it stays paused until a sync succeeds"
