@@ -252,8 +252,11 @@ class FakeReceivers:
         self.from_disk: dict[int, str] = {}
         self.log: list[tuple[int, str, str]] = []
         self.down: set[int] = set(range(10))
+        self.versions: dict[int, str] = {}
+        self.keys: dict[int, str | None] = {}
 
-    def connect(self, host: str, port: int) -> "FakeReceiver":
+    def connect(self, host: str, port: int, api_key: str | None) -> "FakeReceiver":
+        self.keys[port] = api_key
         return FakeReceiver(self, port)
 
 
@@ -268,14 +271,18 @@ class FakeReceiver:
     def server_info(self) -> ServerInfo:
         return ServerInfo(model_path="tiny/base", tp_size=1)
 
+    def weight_version(self) -> str | None:
+        return self._servers.versions.get(self._port)
+
     def load_adapter(self, name: str, directory: str) -> None:
         self._do("load", name, lambda: self._servers.adapters.setdefault(self._port, {}).update({name: directory}))
 
     def unload_adapter(self, name: str) -> None:
         self._do("unload", name, lambda: self._servers.adapters[self._port].pop(name))
 
-    def update_from_disk(self, directory: str) -> None:
+    def update_from_disk(self, directory: str, version: str) -> None:
         self._do("update", directory, lambda: self._servers.from_disk.update({self._port: directory}))
+        self._servers.versions[self._port] = version
 
     def _do(self, what: str, name: str, effect: Callable[[], object]) -> None:
         if not self.alive() or self._port % 10 == 9:

@@ -79,6 +79,8 @@ class EngineConfig(Section):
 
 class SyncConfig(Section):
     sync_timeout_s: float = Field(120.0, gt=0, description="longest wait for one answer of an inference endpoint")
+    sync_verify: bool = Field(False, description="after a sync, compare checksums of what was sent and is served")
+    inference_api_key: str = Field("", description="sent to inference endpoints that were added without an api_key")
     max_sampler_adapters: int = Field(
         32, gt=0, description="adapters kept loaded on the inference endpoints for each model"
     )

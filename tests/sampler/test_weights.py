@@ -1,6 +1,7 @@
 """Weights that arrive over an update group or from disk are the ones served, whole or not at all."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from sampler.serving import Client, Json, drive, generate, ok, refused
 from tiny import save_tiny_model
+from xorl_kernels.fp8_quantize import dequantize, fp8_quantize
 
 PROMPT = [5, 6, 7, 8]
 GREEDY = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0}
@@ -206,5 +208,82 @@ def test_disk_updates_are_whole_or_nothing(tiny_model: Path, other_model: Path, 
         await ok(client, "/update_weights_from_disk", {"model_path": str(other_model), "weight_version": "v1"})
         await equals_fresh(client, other_model)
         assert (await generate(client, PROMPT, GREEDY))["meta_info"]["weight_version"] == "v1"
+
+    drive(tiny_model, scenario)
+
+
+@pytest.fixture(scope="module")
+def codes(other_model: Path) -> tuple[Weights, Weights]:
+    """`other_model` with a projection in each FP8 form: as it travels, and as it is computed with."""
+    plain = load_file(other_model / "model.safetensors")
+    sent, rounded = dict(plain), dict(plain)
+    projections = [name for name in plain if "_proj" in name]
+    for name, form in zip(projections, ["block", "channel", "tensor"], strict=False):
+        suffix = "_scale_inv" if form == "block" else "_scale"
+        sent[name], sent[name + suffix] = fp8_quantize(plain[name], form)
+        rounded[name] = dequantize(sent[name], sent[name + suffix])
+    return dict(sorted(sent.items(), key=lambda item: -item[1].dtype.itemsize)), rounded
+
+
+def test_pushed_codes_are_served_as_the_weights_that_they_stand_for(
+    tiny_model: Path, codes: tuple[Weights, Weights], tmp_path: Path
+) -> None:
+    sent, rounded = codes
+
+    async def scenario(client: Client) -> None:
+        trainer = Trainer("codes")
+        await trainer.connect(client)
+        await ok(client, "/begin_weight_update")
+        with trainer.sending([flat(sent)]):
+            body = trainer.announce(sent, load_format="flattened_bucket")
+            await ok(client, "/update_weights_from_distributed", body)
+        await serves(client, rounded, tiny_model, tmp_path)
+
+    drive(tiny_model, scenario)
+
+
+def test_codes_on_disk_are_loaded_though_their_scales_are_in_another_file(
+    tiny_model: Path, codes: tuple[Weights, Weights], tmp_path: Path
+) -> None:
+    sent, rounded = codes
+    (tmp_path / "sent").mkdir()
+    scales = {name: tensor for name, tensor in sent.items() if "_scale" in name}
+    save_file(scales, tmp_path / "sent" / "a.safetensors")
+    save_file({name: sent[name] for name in sent.keys() - scales}, tmp_path / "sent" / "b.safetensors")
+
+    async def scenario(client: Client) -> None:
+        await ok(client, "/update_weights_from_disk", {"model_path": str(tmp_path / "sent")})
+        await serves(client, rounded, tiny_model, tmp_path)
+
+    drive(tiny_model, scenario)
+
+
+async def serves(client: Client, weights: Weights, like: Path, tmp_path: Path) -> None:
+    """The client's sampler holds these weights of a model like `like`, to the bit."""
+    folder = tmp_path / "rounded"
+    shutil.copytree(like, folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    await equals_fresh(client, folder)
+
+
+def test_codes_whose_scales_do_not_fit_change_nothing(tiny_model: Path, codes: tuple[Weights, Weights]) -> None:
+    sent, _ = codes
+    name = next(name for name, tensor in sent.items() if f"{name}_scale_inv" in sent)
+    alone, scale = {name: sent[name]}, sent[f"{name}_scale_inv"]
+
+    async def scenario(client: Client) -> None:
+        trainer = Trainer("misfits")
+        await trainer.connect(client)
+        await ok(client, "/begin_weight_update")
+        wrong = {f"{name}_scale_inv": torch.ones(3, 3), **alone}
+        for weights, why in (
+            (alone, "needs a scale"),
+            (wrong, "do not fit"),
+            ({"x_scale_inv": scale}, "no such weight"),
+        ):
+            with trainer.sending([flat(weights)]):
+                body = trainer.announce(weights, load_format="flattened_bucket")
+                assert why in await refused(client, "/update_weights_from_distributed", body)
+        await equals_fresh(client, tiny_model)
 
     drive(tiny_model, scenario)

@@ -26,6 +26,10 @@ async def add(server: Server, port: int = 30000, **more: object) -> dict:
     return await server.post("/add_inference_endpoint", {**ADD, "port": port, **more})
 
 
+async def stale(server: Server) -> list[bool]:
+    return [row["stale"] for row in (await server.get("/list_inference_endpoints"))["endpoints"]]
+
+
 async def sampler(server: Server, name: str, model_id: str = "default") -> str:
     return (await server.do("save_weights_for_sampler", {"model_id": model_id, "name": name}))["path"]
 
@@ -113,14 +117,10 @@ async def test_an_endpoint_that_missed_a_sync_is_stale_until_it_has_one(server: 
     report = await server.post("/sync_inference_weights", {})
     assert not report["success"]
     assert report["message"].startswith("synced 1 of 2; 127.0.0.1:30001")
-
-    async def stale() -> list[bool]:
-        return [row["stale"] for row in (await server.get("/list_inference_endpoints"))["endpoints"]]
-
-    assert await stale() == [False, True]
+    assert await stale(server) == [False, True]
     server.engine.failing_endpoints = set()
     await server.post("/sync_inference_weights", {})
-    assert await stale() == [False, False]
+    assert await stale(server) == [False, False]
 
 
 async def test_add_can_sync_at_once(server: Server):
@@ -215,3 +215,70 @@ async def test_full_weights_are_loaded_from_disk(serve):
         await add(server)
         await open_session(server, await sampler(server, "s"))
         assert server.receivers.from_disk[30000].endswith("default/sampler_weights/s")
+
+
+async def test_every_sync_gives_the_weights_a_name_and_says_it(server: Server):
+    await add(server)
+    named = await server.post("/sync_inference_weights", {"weight_version": "v7"})
+    unnamed = [await server.post("/sync_inference_weights", {}) for _ in range(2)]
+    sent = [command.weight_version for command in server.engine.sent(SyncWeights)]
+    assert [each["weight_version"] for each in (named, *unnamed)] == sent
+    assert sent[0] == "v7"
+    assert len(set(sent)) == 3
+    assert named["seconds"] == {"send": 0.1}
+
+
+async def test_an_endpoint_that_was_restarted_after_a_sync_is_stale(server: Server):
+    await add(server)
+    server.receivers.versions[30000] = "default"
+    assert await stale(server) == [False], "it never had any other"
+    server.receivers.versions[30000] = (await server.post("/sync_inference_weights", {}))["weight_version"]
+    assert await stale(server) == [False]
+    server.receivers.versions[30000] = "default"
+    assert await stale(server) == [True]
+    await server.post("/sync_inference_weights", {})
+    server.receivers.versions.clear()  # older servers do not say
+    assert await stale(server) == [False]
+
+
+async def test_a_version_that_changes_during_a_sync_is_no_restart(server: Server):
+    await add(server)
+    await server.post("/sync_inference_weights", {"weight_version": "v1"})
+    server.engine.gate.clear()
+    sync = asyncio.create_task(server.post("/sync_inference_weights", {"weight_version": "v2"}))
+    while len(server.engine.sent(SyncWeights)) < 2:
+        await asyncio.sleep(0)
+    server.receivers.versions[30000] = "v2"
+    assert await stale(server) == [False]
+    server.engine.gate.set()
+    await sync
+    assert await stale(server) == [False]
+
+
+async def test_syncs_that_meet_run_one_after_the_other(server: Server):
+    await add(server)
+    reports = await asyncio.gather(
+        *(server.post("/sync_inference_weights", {"weight_version": f"v{i}"}) for i in range(5))
+    )
+    assert all(report["success"] for report in reports)
+    assert len(server.engine.synced) == 5
+
+
+async def test_a_key_goes_to_the_endpoint_and_into_no_answer(server: Server, caplog: pytest.LogCaptureFixture):
+    added = await add(server, api_key="secret")
+    await add(server, port=30001)
+    assert server.receivers.keys == {30000: "secret", 30001: None}
+    report = await server.post("/sync_inference_weights", {})
+    (command,) = server.engine.sent(SyncWeights)
+    assert [endpoint.api_key for endpoint in command.endpoints] == ["secret", None]
+    listed = await server.get("/list_inference_endpoints")
+    refused = await server.http.post("/add_inference_endpoint", json={**ADD, "port": "x", "api_key": "secret"})
+    endpoints = list(server.app.state.plane.endpoints)
+    assert "secret" not in f"{added}{report}{listed}{refused.text}{command}{endpoints}{caplog.text}"
+
+
+async def test_verification_is_a_setting_and_a_request_may_differ(server: Server):
+    await add(server)
+    for body in ({}, {"verify": True}, {"verify": False}):
+        await server.post("/sync_inference_weights", body)
+    assert [command.verify for command in server.engine.sent(SyncWeights)] == [False, True, False]

@@ -29,9 +29,12 @@ class FakeSglang:
         self.adapters: dict[str, str] = {}
         self.aborting = False
         self.broken = False
+        self.version = "default"
+        self.keys: list[str | None] = []
         self.app = FastAPI()
         self.app.add_api_route("/health", lambda: None)
         self.app.add_api_route("/server_info", lambda: {"model_path": "tiny/base", "tp_size": 1})
+        self.app.add_api_route("/model_info", lambda: {"weight_version": self.version})
         self.app.add_api_route("/generate", self.generate, methods=["POST"])
         self.app.add_api_route("/load_lora_adapter", self.load, methods=["POST"])
         self.app.add_api_route("/unload_lora_adapter", self.unload, methods=["POST"])
@@ -50,6 +53,7 @@ class FakeSglang:
     async def generate(self, request: Request) -> object:
         body = await request.json()
         self.asked.append(body)
+        self.keys.append(request.headers.get("Authorization"))
         if self.broken:
             raise HTTPException(500, "out of order")
         if body.get("lora_path") not in (None, *self.adapters):
@@ -70,6 +74,7 @@ class FakeSglang:
             "meta_info": {
                 "id": "x",
                 "finish_reason": finish,
+                "weight_version": self.version,
                 "output_token_logprobs": [[-0.5, token, None] for token in new],
                 "input_token_logprobs": scored,
             },
@@ -289,6 +294,31 @@ async def test_an_endpoint_out_of_order_is_passed_over_and_named_if_it_is_the_la
         assert (await server.post("/add_inference_endpoint", {"host": "127.0.0.1", "port": port}))["success"]
         for seq_id in range(1, 4):
             assert len((await sample(server, asked(session, seq_id=seq_id))).sequences) == 1
+
+
+async def test_what_was_sampled_from_the_weights_before_a_restart_is_not_handed_out(sampled):
+    server, sglang = sampled
+    session = await session_of(server, base_model="base")
+    sglang.version = (await server.post("/sync_inference_weights", {"model_id": "s1:train:0"}))["weight_version"]
+    assert len((await sample(server, asked(session, seq_id=1))).sequences) == 1
+    sglang.version = "default"
+    failed = await server.do("asample", asked(session, seq_id=2))
+    assert failed["category"] == "server"
+    assert "it was restarted; sync it again" in failed["error"]
+    sglang.version = "v2"
+    await server.post("/sync_inference_weights", {"model_id": "s1:train:0", "weight_version": "v2"})
+    assert len((await sample(server, asked(session, seq_id=3))).sequences) == 1
+
+
+async def test_samples_are_asked_for_with_the_endpoints_key(sampled):
+    server, sglang = sampled
+    session = await session_of(server, base_model="base")
+    await sample(server, asked(session, seq_id=1))
+    address = {"host": "127.0.0.1", "port": await first_port(server)}
+    await server.post("/remove_inference_endpoint", address)
+    await server.post("/add_inference_endpoint", {**address, "api_key": "secret"})
+    await sample(server, asked(session, seq_id=2))
+    assert sglang.keys == [None, "Bearer secret"]
 
 
 async def first_port(server: Server) -> int:

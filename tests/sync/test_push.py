@@ -1,19 +1,25 @@
 """Pushes into servers that speak SGLang's protocol and really join the update group."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sync.fake_sglang import FakeSglang
 from xorl.engine.commands import Endpoint, EndpointReport, SyncReport, SyncWeights
 from xorl.errors import InvalidRequest, NonFinite
 from xorl.quantization import Fp8
 from xorl.sync.broadcast import ReferenceBroadcast
+from xorl.sync.disk import Shelf
 from xorl.sync.formats import Weight
 from xorl.sync.push import WeightSync
+from xorl_kernels.fp8_quantize import Lora, reference
 
 BUCKET_BYTES = 1000
 TIMEOUT_S = 5.0
@@ -63,7 +69,7 @@ def command(*servers: FakeSglang, **changes: object) -> SyncWeights:
         "flush_cache": False,
         "cache_mode": "auto",
         "pause_mode": "retract",
-        "weight_version": None,
+        "weight_version": "v1",
         "quantization": None,
     }
     return SyncWeights(**fields | changes)  # pyright: ignore[reportArgumentType]
@@ -258,13 +264,15 @@ def test_a_refused_flush_is_a_remark(start, sync):
     assert "/flush_cache: requests are running" in report.endpoints[0].message
 
 
-def test_what_cannot_be_sent_is_refused_by_name(sync):
+def test_what_cannot_be_sent_is_refused_by_name(start, sync):
+    server = start()
     with pytest.raises(InvalidRequest, match=r"^q.weight: whether servers quantise it is not known"):
-        sync.push(command(quantization=Fp8()), model(0)[3:4])
+        sync.push(command(server, quantization=Fp8()), model(0)[3:4])
     with pytest.raises(InvalidRequest, match=r"^a.weight: torch.float16 cannot be synced"):
-        sync.push(command(), [weight("a.weight", torch.zeros(2, dtype=torch.float16))])
+        sync.push(command(server), [weight("a.weight", torch.zeros(2, dtype=torch.float16))])
     with pytest.raises(NonFinite, match=r"^a.weight: NaN or infinite"):
-        sync.push(command(), [weight("a.weight", torch.full((2, 2), torch.inf).requires_grad_())])
+        sync.push(command(server), [weight("a.weight", torch.full((2, 2), torch.inf).requires_grad_())])
+    assert "/pause_generation" not in server.calls
 
 
 def test_a_port_that_is_taken_is_refused_by_name(start, sync):
@@ -272,3 +280,249 @@ def test_a_port_that_is_taken_is_refused_by_name(start, sync):
     with pytest.raises(InvalidRequest, match="master_address, master_port: cannot listen"):
         sync.push(command(server, master_port=server.port), model(0))
     assert not server.paused
+
+
+def test_a_server_without_buckets_gets_tensor_by_tensor(start, sync):
+    old, new, weights = start(version="0.5.3", sessions=False), start(), model(0)
+    report = sync.push(command(old, new), weights)
+    assert outcome(report) == [True, True]
+    assert_serves(old, weights)
+    assert_serves(new, weights)
+    assert report.num_buckets == old.num_buckets + new.num_buckets
+
+
+def test_the_two_phases_of_xorl_sglang(start, sync):
+    fork, stock, weights = start(two_phase=True), start(), model(0)
+    assert outcome(sync.push(command(fork, stock), weights)) == [True, True]
+    assert_serves(fork, weights)
+    assert_serves(stock, weights)
+    assert fork.post_processed == 1, "with the last bucket"
+    assert fork.groups.keys() == stock.groups.keys(), "both in one group"
+
+
+def test_servers_that_ask_for_a_key_get_it_and_nobody_else_sees_it(start, sync):
+    server, weights = start(api_key="secret"), model(0)
+    ask = command(server)
+    assert outcome(sync.push(ask, weights)) == [False]
+    endpoint = Endpoint("127.0.0.1", server.port, api_key="secret")
+    report = sync.push(msgspec.structs.replace(ask, endpoints=[endpoint]), weights)
+    assert outcome(report) == [True]
+    assert_serves(server, weights)
+    assert "secret" not in repr(ask) + repr(endpoint) + repr(report)
+    sync.close()
+
+
+CONFIG = LlamaConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=4
+)
+
+
+def llama(seed: int) -> list[Weight]:
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
+    return [weight(name, parameter.detach()) for name, parameter in network.named_parameters()]
+
+
+@pytest.fixture
+def shelved(tmp_path: Path) -> Iterator[WeightSync]:
+    """One that has a folder for servers that cannot join a group."""
+    sync = WeightSync(TIMEOUT_S, torch.device("cpu"), Shelf(tmp_path / "shelf", CONFIG))
+    yield sync
+    sync.close()
+
+
+@pytest.mark.parametrize(
+    ("info", "why"),
+    [
+        ({"dp_size": 2}, "2 data-parallel replicas"),
+        ({"pp_size": 2}, "2 pipeline stages"),
+        ({"device": "cuda"}, "it is on cuda and we are on cpu"),
+    ],
+)
+def test_who_cannot_join_a_group_reads_from_disk(start, sync, shelved, info, why):
+    apart, other, weights = start(**info), start(), llama(0)
+    refused = sync.push(command(apart), weights)
+    assert outcome(refused) == [False]
+    assert why in refused.endpoints[0].message
+    assert not apart.weights
+    report = shelved.push(command(apart, other, weight_version="v5"), weights)
+    assert outcome(report) == [True, True]
+    assert f"{why}" in report.endpoints[0].message
+    assert "loaded the weights from disk" in report.endpoints[0].message
+    assert_serves(apart, weights)
+    assert_serves(other, weights)
+    assert (apart.version, apart.groups) == ("v5", {})
+
+
+def test_who_refuses_to_join_reads_from_disk(start, shelved):
+    proud, other = start(), start()
+    proud.refuse["/init_weights_update_group"] = "not with you"
+    report = shelved.push(command(proud, other), llama(0))
+    assert outcome(report) == [True, True]
+    assert "not with you, so it loaded the weights from disk" in report.endpoints[0].message
+    assert_serves(proud, llama(0))
+    assert_serves(other, llama(0))
+
+
+def test_a_folder_stays_for_as_long_as_a_server_may_come_back_to_it(start, shelved, tmp_path):
+    one, two = start(dp_size=2), start(dp_size=2)
+    shelved.push(command(one, two), llama(0))
+    shelved.push(command(one), llama(1))
+    assert len(list((tmp_path / "shelf").iterdir())) == 2
+    shelved.push(command(one, two), llama(2))
+    (folder,) = (tmp_path / "shelf").iterdir()
+    assert one.info["model_path"] == two.info["model_path"] == str(folder)
+    assert AutoConfig.from_pretrained(folder).hidden_size == 16
+
+
+def test_a_folder_that_a_server_does_not_see_leaves_it_as_it_was(start, shelved):
+    far = start(dp_size=2)
+    far.refuse["/update_weights_from_disk"] = "Failed to get weights iterator: no such folder"
+    report = shelved.push(command(far), llama(0))
+    assert outcome(report) == [False]
+    assert "no such folder" in report.endpoints[0].message
+    assert not far.paused
+
+
+def test_a_load_from_disk_that_fails_midway_leaves_it_paused(start, shelved):
+    server = start(dp_size=2)
+    server.refuse["/update_weights_from_disk"] = "Failed to update weights: bad shape. Rolling back"
+    assert outcome(shelved.push(command(server), llama(0))) == [False]
+    assert server.paused
+
+
+def test_phases_tell_where_the_time_went(start, shelved):
+    report = shelved.push(command(start(), start(dp_size=2), verify=True), llama(0))
+    parts = {"probe", "pause", "connect", "transfer", "disk", "commit", "verify", "resume"}
+    assert parts | {"total", "produce", "broadcast", "load", "hidden"} == report.seconds.keys()
+    assert sum(report.seconds[part] for part in parts) <= report.seconds["total"]
+    assert 0 <= report.seconds["hidden"] <= report.seconds["produce"] <= report.seconds["transfer"]
+    assert report.seconds["hidden"] <= report.seconds["broadcast"] + report.seconds["load"]
+
+
+def test_verified_weights_are_those_that_were_sent(start, sync):
+    server = start(device="cpu")
+    report = sync.push(command(server, verify=True), model(0))
+    assert outcome(report) == [True]
+    assert "verified" not in report.endpoints[0].message
+    server.spoil = "0.weight"
+    report = sync.push(command(server, verify=True), model(1))
+    assert outcome(report) == [False]
+    assert "0.weight is not what was sent" in report.endpoints[0].message
+    assert server.paused
+
+
+def test_where_checksums_cannot_be_foretold_servers_are_compared(start, shelved):
+    one, two = start(device="cuda"), start(device="cuda")
+    report = shelved.push(command(one, verify=True), llama(0))
+    assert outcome(report) == [True]
+    assert "no other server is like it" in report.endpoints[0].message
+    report = shelved.push(command(one, two, verify=True), llama(0))
+    assert outcome(report) == [True, True]
+    assert "verified" not in report.endpoints[0].message + report.endpoints[1].message
+    two.spoil = "model.norm.weight"
+    report = shelved.push(command(one, two, verify=True), llama(1))
+    assert outcome(report) == [False, False]
+    assert "hold different weights" in report.endpoints[0].message
+
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+WIDE = LlamaConfig(
+    vocab_size=40, hidden_size=192, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, head_dim=128
+)
+
+
+@pytest.fixture
+def quantised(tmp_path: Path) -> str:
+    """The folder of an FP8 model that leaves one layer as it is."""
+    WIDE.save_pretrained(tmp_path / "quantised")
+    config = tmp_path / "quantised" / "config.json"
+    fields = json.loads(config.read_text())
+    form = BLOCKS | {"modules_to_not_convert": ["model.layers.1"]}
+    config.write_text(json.dumps(fields | {"quantization_config": form}))
+    return str(config.parent)
+
+
+def merged(seed: int) -> list[Weight]:
+    """A model with an adapter on every projection."""
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(WIDE, dtype=torch.bfloat16)
+    return [
+        Weight(name, parameter.detach(), torch.bfloat16, lora_for(parameter) if "_proj" in name else None)
+        for name, parameter in network.named_parameters()
+    ]
+
+
+def lora_for(matrix: Tensor) -> Lora:
+    rows, cols = matrix.shape
+    return Lora(torch.randn(4, cols) * 0.1, torch.randn(rows, 4) * 0.1, 0.5)
+
+
+def merge(weight: Weight) -> Tensor:
+    return reference.merge(weight.tensor, weight.lora)
+
+
+def assert_serves_codes(server: FakeSglang, weights: list[Weight]) -> None:
+    """The codes and scales of layer 0's projections are those of the merged weights; the rest is plain."""
+    for weight in weights:
+        served = server.weights.pop(weight.name)
+        if "layers.0" in weight.name and "_proj" in weight.name:
+            codes, scales = reference.quantize(merge(weight))
+            torch.testing.assert_close(served.float(), codes.float(), rtol=0, atol=0)
+            torch.testing.assert_close(server.weights.pop(f"{weight.name}_scale_inv"), scales, rtol=0, atol=0)
+        else:
+            torch.testing.assert_close(served, merge(weight), rtol=0, atol=0)
+    assert not server.weights
+
+
+@pytest.mark.parametrize("bucket_bytes", [1000, 70_000, 1 << 20])
+def test_an_fp8_server_gets_the_codes_and_scales_of_merged_weights(start, sync, quantised, bucket_bytes):
+    server, weights = start(model_path=quantised), merged(0)
+    report = sync.push(command(server, bucket_bytes=bucket_bytes), weights)
+    assert report.endpoints == [EndpointReport("127.0.0.1", server.port, True, "")]
+    assert report.total_bytes == sum(tensor.nbytes for tensor in server.weights.values())
+    assert_serves_codes(server, weights)
+
+
+def test_servers_of_different_forms_are_pushed_one_form_after_the_other(start, sync, quantised, tmp_path):
+    WIDE.save_pretrained(tmp_path / "plain")
+    plain, blocks, other = start(model_path=str(tmp_path / "plain")), start(model_path=quantised), start()
+    for seed in range(2):
+        report = sync.push(command(plain, blocks, other), merged(seed))
+        assert outcome(report) == [True] * 3
+        for server in (plain, other):
+            for weight in merged(seed):
+                torch.testing.assert_close(server.weights[weight.name], merge(weight), rtol=0, atol=0)
+        assert_serves_codes(blocks, merged(seed))
+        for server in (plain, blocks, other):
+            assert not server.paused
+            assert server.calls.count("/init_weights_update_group") == 1, "groups are kept"
+    assert report.num_parameters == len(merged(0))
+
+
+def test_a_form_that_fails_leaves_the_other_form_whole(start, sync, quantised, tmp_path):
+    WIDE.save_pretrained(tmp_path / "plain")
+    plain, blocks = start(model_path=str(tmp_path / "plain"), die_at=1), start(model_path=quantised)
+    assert outcome(sync.push(command(plain, blocks), merged(0))) == [False, True]
+    assert_serves_codes(blocks, merged(0))
+    assert plain.paused
+
+
+def test_a_server_that_takes_no_fp8_is_refused_and_the_other_is_not(start, sync, quantised, tmp_path):
+    WIDE.save_pretrained(tmp_path / "plain")
+    plain, blocks = start(model_path=str(tmp_path / "plain")), start(model_path=quantised)
+    asked = Fp8("block", not_converted=("model.layers.1",))
+    report = sync.push(command(plain, blocks, quantization=asked), merged(0))
+    assert outcome(report) == [False, True]
+    assert "would be misread" in report.endpoints[0].message
+    assert "/pause_generation" not in plain.calls
+    assert_serves_codes(blocks, merged(0))
+
+
+def test_fp8_weights_on_disk_say_how_they_are_quantised(start, quantised, tmp_path):
+    sync = WeightSync(TIMEOUT_S, torch.device("cpu"), Shelf(tmp_path / "shelf", WIDE))
+    server = start(model_path=quantised, dp_size=2)
+    for seed in range(2):  # the second one reads the folder of the first
+        assert outcome(sync.push(command(server), merged(seed))) == [True]
+        assert_serves_codes(server, merged(seed))
+    sync.close()

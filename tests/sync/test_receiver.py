@@ -55,16 +55,12 @@ def test_a_refusal_names_server_route_and_reason(server, receiver):
     assert caught.value.status == 400
 
 
-def test_an_update_session_left_open_is_closed_first(server, receiver):
-    server.session = True
-    receiver.begin_update()
-    assert server.session
-    assert server.calls == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
-
-
-def test_a_server_without_update_sessions_needs_none():
-    with FakeSglang(sessions=False).serving() as server:
-        receiver = Receiver("127.0.0.1", server.port)
-        receiver.begin_update()
-        receiver.end_update()
-        receiver.close()
+def test_a_key_is_sent_where_one_is_asked_for():
+    with FakeSglang(api_key="secret").serving() as server:
+        without, holder = Receiver("127.0.0.1", server.port), Receiver("127.0.0.1", server.port, "secret")
+        assert holder.server_info().model_path == "m"
+        with pytest.raises(ReceiverError, match="it asks for an API key") as caught:
+            without.server_info()
+        assert caught.value.status == 401
+        without.close()
+        holder.close()

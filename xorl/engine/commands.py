@@ -96,6 +96,10 @@ class Endpoint(msgspec.Struct, frozen=True):
     host: str
     port: int
     world_size: int = 1
+    api_key: str | None = None
+
+    def __repr__(self) -> str:  # never the key
+        return f"Endpoint({self.host}:{self.port}, world_size={self.world_size})"
 
 
 class SyncWeights(ModelCommand, frozen=True, tag=True, kw_only=True):
@@ -109,8 +113,9 @@ class SyncWeights(ModelCommand, frozen=True, tag=True, kw_only=True):
     flush_cache: bool
     cache_mode: CacheMode
     pause_mode: PauseMode
-    weight_version: str | None
+    weight_version: str
     quantization: Fp8 | None  # None: as each endpoint serves them
+    verify: bool = False  # compare checksums afterwards
 
 
 class Sleep(Command, frozen=True, tag=True, kw_only=True):
@@ -166,7 +171,7 @@ class EndpointReport(msgspec.Struct, frozen=True):
 
 
 class SyncReport(msgspec.Struct, frozen=True, tag=True):
-    """What one weight sync did. `seconds` has one entry a phase."""
+    """What one weight sync did. `seconds` has one entry a phase, see `xorl.sync.phases`."""
 
     transfer_time: float
     total_bytes: int

@@ -34,6 +34,7 @@ from xorl.engine.model import BaseModel
 from xorl.engine.results import optim_result
 from xorl.engine.transfer import Transfer
 from xorl.errors import Asleep
+from xorl.sync.disk import Shelf
 from xorl.sync.push import WeightSync
 
 
@@ -70,7 +71,8 @@ class Engine:
         self.models = TrainedModels(self.base, self.settings.max_resident_adapters, spill_dir)
         self._transfer = Transfer(self.base.device)
         self.forward = SharedForward(self.base, self.models, self.settings, self._transfer)
-        self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device)
+        shelf = Shelf(self.settings.output_dir.resolve() / ".sync", self.base.network.config)
+        self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device, shelf)
         self._asleep = False
 
     def close(self) -> None:

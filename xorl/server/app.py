@@ -6,7 +6,7 @@ import gc
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 import structlog
@@ -20,7 +20,7 @@ from xorl.config import Config
 from xorl.errors import XorlError
 from xorl.server import tinker
 from xorl.server.checkpoints import Checkpoints
-from xorl.server.endpoints import Endpoints, Receiver
+from xorl.server.endpoints import Connect, Endpoints
 from xorl.server.futures import Futures
 from xorl.server.gate import Gate
 from xorl.server.metrics import Metrics
@@ -78,7 +78,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Receiver] | None = None) -> FastAPI:
+def create_app(config: Config, engine: Engine, connect: Connect | None = None) -> FastAPI:
     """The control plane over an engine, which it starts and stops."""
     plane = _assemble(config, engine, connect or partial(receiver.Receiver, timeout_s=config.sync.sync_timeout_s))
 
@@ -110,11 +110,11 @@ def create_app(config: Config, engine: Engine, connect: Callable[[str, int], Rec
     return app
 
 
-def _assemble(config: Config, engine: Engine, connect: Callable[[str, int], Receiver]) -> ControlPlane:
+def _assemble(config: Config, engine: Engine, connect: Connect) -> ControlPlane:
     metrics = Metrics()
     store = Store(config.engine.output_dir / "xorl.db")
     kept = Checkpoints(config.engine.output_dir, store)
-    endpoints = Endpoints(config.http.inference_hosts, connect)
+    endpoints = Endpoints(config.http.inference_hosts, config.sync.inference_api_key, connect)
     return ControlPlane(
         config=config,
         engine=engine,

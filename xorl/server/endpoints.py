@@ -1,7 +1,8 @@
 """Keeps the registered inference endpoints, with what is loaded on each."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -19,9 +20,14 @@ class Receiver(Protocol):
 
     def alive(self) -> bool: ...
     def server_info(self) -> ServerInfo: ...
+    def weight_version(self) -> str | None: ...
     def load_adapter(self, name: str, directory: str) -> None: ...
     def unload_adapter(self, name: str) -> None: ...
-    def update_from_disk(self, directory: str) -> None: ...
+    def update_from_disk(self, directory: str, version: str) -> None: ...
+
+
+Connect = Callable[[str, int, str | None], Receiver]
+"""Of a host and port, with an API key where one is asked for."""
 
 
 class Weights(NamedTuple):
@@ -34,11 +40,21 @@ class Weights(NamedTuple):
 
 @dataclass
 class Endpoint:
+    """
+    Attributes:
+        stale: it serves other weights than it should.
+        version: the name of the weights that it was given last; None before the first.
+        num_syncs: how many are under way.
+    """
+
     asked: AddEndpointRequest
     receiver: Receiver
     server_info: ServerInfo
+    api_key: str | None = field(repr=False)
     healthy: bool = True
     stale: bool = False
+    version: str | None = None
+    num_syncs: int = 0
     loaded: dict[str | None, Weights] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -57,6 +73,7 @@ class Endpoint:
             stale=self.stale,
             pool=self.asked.pool,
             receiver_kv_cache_dtype=self.asked.receiver_kv_cache_dtype,
+            weight_version=self.version,
             server_info=msgspec.to_builtins(self.server_info),
         )
 
@@ -71,11 +88,28 @@ class Endpoint:
                 return
             self.loaded.pop(weights.name, None)
             if weights.name is None:
-                await asyncio.to_thread(self.receiver.update_from_disk, weights.directory)
-                self.stale = False
+                await asyncio.to_thread(self.receiver.update_from_disk, weights.directory, weights.version)
+                self.stale, self.version = False, weights.version
             else:
                 await asyncio.to_thread(self.receiver.load_adapter, weights.name, weights.directory)
             self.loaded[weights.name] = weights
+
+    async def probe(self) -> None:
+        """See whether it is alive and has the weights that it was given; one that was started again has its own."""
+        self.healthy = await asyncio.to_thread(self.receiver.alive)
+        if self.healthy and self.version is not None:
+            await self.check_version()
+
+    async def check_version(self) -> None:
+        version, num_syncs = self.version, self.num_syncs
+        try:
+            found = await asyncio.to_thread(self.receiver.weight_version)
+        except ReceiverError:
+            return
+        undisturbed = num_syncs == self.num_syncs == 0 and version == self.version
+        if undisturbed and found not in (None, version):
+            self.stale = True
+            self.loaded.clear()
 
     async def unload(self, name: str) -> None:
         async with self.lock:
@@ -86,8 +120,10 @@ class Endpoint:
 class Endpoints:
     """host:port -> Endpoint. Lives as long as the process: a restarted server is told again."""
 
-    def __init__(self, allowed_hosts: str, connect: Callable[[str, int], Receiver]) -> None:
+    def __init__(self, allowed_hosts: str, api_key: str, connect: Connect) -> None:
+        """`api_key` is for endpoints that are added without one of their own; it may be empty."""
         self._allowed = {host.strip() for host in allowed_hosts.split(",")}
+        self._api_key = api_key or None
         self._connect = connect
         self._endpoints: dict[tuple[str, int], Endpoint] = {}
         self._turn = 0
@@ -108,24 +144,22 @@ class Endpoints:
             return f"worker_port: {asked.worker_port} is not supported; weights are announced at port {asked.port}"
         if address in self._endpoints:
             return f"{asked.host}:{asked.port} is already registered"
-        receiver = self._connect(asked.host, asked.port)
+        api_key = asked.api_key.get_secret_value() if asked.api_key else self._api_key
+        receiver = self._connect(asked.host, asked.port, api_key)
         if not await asyncio.to_thread(receiver.alive):
             return f"{asked.host}:{asked.port} does not answer"
         try:
             info = await asyncio.to_thread(receiver.server_info)
         except ReceiverError as error:
             return str(error)
-        return self._endpoints.setdefault(address, Endpoint(asked, receiver, info))
+        return self._endpoints.setdefault(address, Endpoint(asked, receiver, info, api_key))
 
     def remove(self, host: str, port: int) -> bool:
         return self._endpoints.pop((host, port), None) is not None
 
     async def probe(self) -> None:
-        """Ask all endpoints at once whether they are alive."""
-        endpoints = list(self)
-        alive = await asyncio.gather(*(asyncio.to_thread(endpoint.receiver.alive) for endpoint in endpoints))
-        for endpoint, healthy in zip(endpoints, alive, strict=True):
-            endpoint.healthy = healthy
+        """Ask all endpoints at once."""
+        await asyncio.gather(*(endpoint.probe() for endpoint in self))
 
     def in_pools(self, pools: Sequence[str] | None) -> list[Endpoint]:
         return [endpoint for endpoint in self if pools is None or endpoint.asked.pool in pools]
@@ -139,12 +173,24 @@ class Endpoints:
         turned = endpoints[self._turn :] + endpoints[: self._turn]
         return sorted((e for e in turned if not e.stale), key=lambda e: not e.healthy)
 
-    def mark(self, report: SyncReport) -> None:
+    @contextmanager
+    def syncing(self, targets: Sequence[Endpoint]) -> Iterator[None]:
+        """Their weights and versions change meanwhile."""
+        for endpoint in targets:
+            endpoint.num_syncs += 1
+        try:
+            yield
+        finally:
+            for endpoint in targets:
+                endpoint.num_syncs -= 1
+
+    def mark(self, report: SyncReport, version: str) -> None:
         """Note who has the weights of a sync; the others hold something that nobody asked for."""
         for line in report.endpoints:
             endpoint = self._endpoints.get((line.host, line.port))
             if endpoint is not None:
                 endpoint.stale = not line.success
+                endpoint.version = version if line.success else endpoint.version
                 endpoint.loaded.pop(None, None)
 
     def distrust(self, targets: Sequence[Endpoint]) -> None:
@@ -155,4 +201,5 @@ class Endpoints:
 
 
 def sync_target(endpoint: Endpoint) -> SyncTarget:
-    return SyncTarget(host=endpoint.asked.host, port=endpoint.asked.port, world_size=endpoint.asked.world_size)
+    asked = endpoint.asked
+    return SyncTarget(host=asked.host, port=asked.port, world_size=asked.world_size, api_key=endpoint.api_key)

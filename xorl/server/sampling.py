@@ -16,7 +16,7 @@ from xorl.server.datums import prompt_tokens
 from xorl.server.endpoints import Endpoint, Endpoints, Weights
 from xorl.server.schema_inference import SampleRequest
 from xorl.server.tinker_proto import SampledSequence
-from xorl.sync.receiver import CONNECT_TIMEOUT_S, ReceiverError
+from xorl.sync.receiver import CONNECT_TIMEOUT_S, ReceiverError, authorization
 
 GENERATE_TIMEOUT_S = 3600.0
 MAX_REPEATS = 100_000
@@ -31,6 +31,7 @@ class FinishReason(msgspec.Struct, frozen=True):
 
 class Meta(msgspec.Struct, frozen=True):
     finish_reason: FinishReason
+    weight_version: str | None = None
     output_token_logprobs: list[tuple[float | None, int, str | None]] = []
     input_token_logprobs: list[tuple[float | None, int, str | None]] = []
 
@@ -232,7 +233,8 @@ class Sampling:
             body["logprob_start_len"] = prompt.first_scored
         if lora_path is not None:
             body["lora_path"] = lora_path
-        response = await self._client.post(f"{endpoint.url}/generate", json=body)
+        headers = authorization(endpoint.api_key)
+        response = await self._client.post(f"{endpoint.url}/generate", json=body, headers=headers)
         if response.status_code != 200:
             reason = f"{response.status_code} {response.text[:500]}"
             if response.status_code == 400:
@@ -242,7 +244,22 @@ class Sampling:
             answer = msgspec.json.decode(response.content, type=Generated | list[Generated])
         except msgspec.DecodeError as error:
             raise InternalError(f"inference endpoint {endpoint.url}: unexpected answer: {error}") from None
-        return answer if isinstance(answer, list) else [answer]
+        samples = answer if isinstance(answer, list) else [answer]
+        await _refuse_old_weights(endpoint, samples)
+        return samples
+
+
+async def _refuse_old_weights(endpoint: Endpoint, samples: list[Generated]) -> None:
+    """
+    Raises:
+        ReceiverError: the endpoint was started again, and has not had the weights of the last sync since.
+    """
+    served = {sample.meta_info.weight_version for sample in samples}
+    if endpoint.version is None or served <= {None, endpoint.version}:
+        return
+    await endpoint.check_version()  # it may also have been synced meanwhile
+    if endpoint.stale:
+        raise ReceiverError(f"it serves {served.pop()}, not {endpoint.version}: it was restarted; sync it again")
 
 
 def _answer(generated: list[Generated], prompt: Prompt) -> SampleAnswer:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from xorl.server.schema import ModelId, ModelInput, Rate, Seed, SeqId, SessionId, Tensor, Wire, alias
 from xorl.types import CacheMode, PauseMode
@@ -29,6 +29,7 @@ class AddEndpointRequest(EndpointAddress, SyncTransport):
     pool: str = "default"
     receiver_kv_cache_dtype: str | None = None
     sync_weights: bool = False
+    api_key: SecretStr | None = None
 
 
 class EndpointRow(Wire):
@@ -40,6 +41,7 @@ class EndpointRow(Wire):
     stale: bool
     pool: str
     receiver_kv_cache_dtype: str | None = None
+    weight_version: str | None = None
     server_info: dict[str, Any] | None = None
 
 
@@ -68,6 +70,7 @@ class SyncRequest(SyncTransport):
     pause_mode: PauseMode = "retract"
     weight_version: str | None = None
     quantization: Quantization | None = None
+    verify: bool | None = None
     pools: list[str] | None = None
 
 
@@ -85,6 +88,8 @@ class SyncResponse(Wire):
     total_bytes: int = 0
     num_parameters: int = 0
     num_buckets: int = 0
+    weight_version: str | None = None
+    seconds: dict[str, float] = Field(default_factory=dict[str, float])
     endpoints_synced: list[EndpointSynced] = Field(default_factory=list[EndpointSynced])
 
 

@@ -1,12 +1,14 @@
 """Asks things of one inference server, in SGLang's HTTP dialect."""
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import TypeVar
 
 import httpx
 import msgspec
 
 from xorl.types import PauseMode
+
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 3.0
@@ -38,6 +40,10 @@ class ServerInfo(msgspec.Struct, frozen=True):
     served_model_name: str | None = None
     tp_size: int | None = None
     ep_size: int | None = None
+    pp_size: int | None = None
+    dp_size: int | None = None
+    enable_dp_attention: bool | None = None
+    device: str | None = None
     quantization: str | None = None
     dtype: str | None = None
     kv_cache_dtype: str | None = None
@@ -48,12 +54,11 @@ class ServerInfo(msgspec.Struct, frozen=True):
     version: str | None = None
 
 
-class Announcement(msgspec.Struct, frozen=True):
-    """The tensors of one broadcast, in the order in which their bytes come."""
+class Checksums(msgspec.Struct, frozen=True):
+    """Of what each tensor-parallel rank holds, by the server's own names of its parameters."""
 
-    names: Sequence[str]
-    dtypes: Sequence[str]
-    shapes: Sequence[Sequence[int]]
+    ranks: list[Mapping[str, str]]
+    whole: str
 
 
 class Receiver:
@@ -63,10 +68,11 @@ class Receiver:
         ReceiverError: from every method but `alive`.
     """
 
-    def __init__(self, host: str, port: int, timeout_s: float = 120.0) -> None:
+    def __init__(self, host: str, port: int, api_key: str | None = None, timeout_s: float = 120.0) -> None:
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._http = httpx.Client(
             base_url=f"http://{self.address}",
+            headers=authorization(api_key),
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
             trust_env=False,  # weights and prompts never go through a proxy
         )
@@ -77,21 +83,27 @@ class Receiver:
     def alive(self) -> bool:
         return any(self._answers(path) for path in PROBES)
 
-    def responsive(self) -> bool:
-        """Whether it answers at once, paused or not."""
-        return any(self._answers(path) for path in PROBES[1:])
+    def has(self, path: str) -> bool:
+        """Whether it has this route, by a request that it acts on in no way."""
+        return self._request("OPTIONS", path).status_code != 404
 
     def server_info(self) -> ServerInfo:
-        body = self._call("GET", "/server_info", absent_ok=True)
-        if body is None:
-            body = self._call("GET", "/get_server_info")
+        return self._ask("/server_info", "/get_server_info", ServerInfo)
+
+    def weight_version(self) -> str | None:
+        """What its weights were last called; a restarted server has forgotten."""
+        return self._ask("/model_info", "/get_model_info", _ModelInfo).weight_version
+
+    def checksums(self) -> Checksums:
+        answer = self.call("POST", "/weights_checker", {"action": "checksum"})
         try:
-            return msgspec.convert(body, ServerInfo, strict=False)
+            checked = msgspec.convert(answer, _Checked)
         except msgspec.ValidationError as error:
-            raise ReceiverError(f"{self.address} /server_info: {error}") from None
+            raise ReceiverError(f"{self.address} /weights_checker: {error}", 200) from None
+        return Checksums([rank.checksums for rank in checked.ranks], checked.per_engine_checksum)
 
     def generate(self, request: object) -> object:
-        return self._call("POST", "/generate", request)
+        return self.call("POST", "/generate", request)
 
     def load_adapter(self, name: str, directory: str) -> None:
         """Serve the PEFT adapter in `directory`, which the server must see too, in place of any of that name."""
@@ -100,25 +112,27 @@ class Receiver:
         except ReceiverError as error:
             if error.status is None:
                 raise
-        self._call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": directory, "pinned": False})
+        self.call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": directory, "pinned": False})
 
     def unload_adapter(self, name: str) -> None:
-        self._call("POST", "/unload_lora_adapter", {"lora_name": name})
+        self.call("POST", "/unload_lora_adapter", {"lora_name": name})
 
-    def update_from_disk(self, directory: str) -> None:
-        self._call("POST", "/update_weights_from_disk", {"model_path": directory})
+    def update_from_disk(self, directory: str, version: str, *, flush_cache: bool = True) -> None:
+        """Load the model in `directory`, which the server must see too, and call its weights `version`."""
+        body = {"model_path": directory, "weight_version": version, "flush_cache": flush_cache}
+        self.call("POST", "/update_weights_from_disk", body)
 
     def pause(self, mode: PauseMode) -> None:
-        self._call("POST", "/pause_generation", {"mode": mode})
+        self.call("POST", "/pause_generation", {"mode": mode})
 
     def resume(self) -> None:
-        self._call("POST", "/continue_generation", {})
+        self.call("POST", "/continue_generation", {})
 
     def join_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> None:
         """Make the server join an update group. Blocks its scheduler until all members are there."""
-        self._call(
+        self.call(
             "POST",
             "/init_weights_update_group",
             {
@@ -132,42 +146,21 @@ class Receiver:
         )
 
     def leave_group(self, group_name: str) -> None:
-        self._call("POST", "/destroy_weights_update_group", {"group_name": group_name})
-
-    def begin_update(self) -> None:
-        """Open an update session, closing one that a failed update left open. SGLang before 0.5.21 has none."""
-        try:
-            self._call("POST", "/begin_weight_update", {}, absent_ok=True)
-        except ReceiverError as error:
-            if error.status is None:
-                raise
-            with contextlib.suppress(ReceiverError):
-                self.end_update()
-            self._call("POST", "/begin_weight_update", {})
-
-    def end_update(self) -> None:
-        self._call("POST", "/end_weight_update", {}, absent_ok=True)
-
-    def receive_bucket(self, tensors: Announcement, group_name: str) -> None:
-        """Receive one broadcast and load it; returns when it is loaded."""
-        self._call(
-            "POST",
-            "/update_weights_from_distributed",
-            {
-                "names": tensors.names,
-                "dtypes": tensors.dtypes,
-                "shapes": tensors.shapes,
-                "group_name": group_name,
-                "flush_cache": False,
-                "load_format": "flattened_bucket",
-            },
-        )
+        self.call("POST", "/destroy_weights_update_group", {"group_name": group_name})
 
     def set_weight_version(self, version: str) -> None:
-        self._call("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        self.call("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     def flush_cache(self) -> None:
-        self._call("POST", "/flush_cache")
+        self.call("POST", "/flush_cache")
+
+    def call(self, method: str, path: str, body: object = None) -> object:
+        """The decoded answer; None if it is not JSON."""
+        answer = self._request(method, path, body)
+        content = _decoded(answer)
+        if not answer.is_success or _says_failure(content):
+            raise ReceiverError(f"{self.address} {path}: {_reason(answer, content)}", answer.status_code)
+        return content
 
     def _answers(self, path: str) -> bool:
         try:
@@ -175,23 +168,47 @@ class Receiver:
         except httpx.HTTPError:
             return False
 
-    def _call(self, method: str, path: str, body: object = None, *, absent_ok: bool = False) -> object:
-        """The decoded answer; None if it is not JSON or, with `absent_ok`, if the server has no such route."""
+    def _ask(self, path: str, older_path: str, kind: type[T]) -> T:
+        """What it says of itself; servers of some years ago have an older path for it."""
+        try:
+            answer = self.call("GET", path)
+        except ReceiverError as error:
+            if error.status != 404:
+                raise
+            answer = self.call("GET", older_path)
+        try:
+            return msgspec.convert(answer, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise ReceiverError(f"{self.address} {path}: {error}") from None
+
+    def _request(self, method: str, path: str, body: object = None) -> httpx.Response:
         where = f"{self.address} {path}"
         try:
-            answer = (
-                self._http.request(method, path, json=body) if body is not None else self._http.request(method, path)
-            )
+            if body is None:
+                return self._http.request(method, path)
+            return self._http.request(method, path, json=body)
         except httpx.TimeoutException:
             raise ReceiverError(f"{where}: no answer within {self._http.timeout.read:g} s") from None
         except httpx.HTTPError as error:
             raise ReceiverError(f"{where}: {error or type(error).__name__}") from None
-        if answer.status_code == 404 and absent_ok:
-            return None
-        content = _decoded(answer)
-        if not answer.is_success or _says_failure(content):
-            raise ReceiverError(f"{where}: {_reason(answer, content)}", answer.status_code)
-        return content
+
+
+class _ModelInfo(msgspec.Struct, frozen=True):
+    weight_version: str | None = None
+
+
+class _CheckedRank(msgspec.Struct, frozen=True):
+    checksums: dict[str, str]
+
+
+class _Checked(msgspec.Struct, frozen=True):
+    ranks: list[_CheckedRank]
+    per_engine_checksum: str
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that an endpoint asks for which was started with a key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _decoded(answer: httpx.Response) -> object:
@@ -206,6 +223,8 @@ def _says_failure(content: object) -> bool:
 
 
 def _reason(answer: httpx.Response, content: object) -> str:
+    if answer.status_code == 401:
+        return "it asks for an API key: give the right one as api_key when adding the endpoint"
     if isinstance(content, dict):
         reasons = [content[key] for key in ("message", "error_message", "error", "detail") if content.get(key)]
         if reasons:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from xorl.engine.commands import Endpoint, EndpointReport
+from xorl.sync.dialects import Dialect, dialect_of
+from xorl.sync.phases import Phases
 from xorl.sync.receiver import Receiver, ReceiverError, ServerInfo
+from xorl.sync.terms import Way
 from xorl.types import PauseMode
 
 
@@ -17,8 +18,9 @@ class Target:
     """An endpoint with what became of it.
 
     Attributes:
-        info: what it says of itself.
+        info, dialect, way: what it says of itself, how it is spoken to, and how weights get there.
         problem: why it is out of the sync.
+        refused: it answered, so it is alive, and said no.
         touched: some of the new weights may be in it.
         whole: all of them are.
         remarks: what the caller should know of a success.
@@ -26,40 +28,45 @@ class Target:
 
     endpoint: Endpoint
     receiver: Receiver
+    info: ServerInfo = field(init=False)
+    dialect: Dialect = field(init=False)
+    way: Way = field(init=False)
     problem: str | None = None
+    refused: bool = False
     touched: bool = False
     whole: bool = False
     remarks: list[str] = field(default_factory=list[str])
-    info: ServerInfo = field(default_factory=ServerInfo)
 
     @property
     def servable(self) -> bool:
-        return self.whole or not self.touched
+        return not self.touched or (self.whole and self.problem is None)
+
+    def probe(self) -> None:
+        self.info = self.receiver.server_info()
+        self.dialect = dialect_of(self.receiver)
+
+    def fail(self, error: ReceiverError | str) -> None:
+        self.problem = str(error)
+        self.refused = isinstance(error, ReceiverError) and error.status is not None
 
 
 Ask = Callable[[Target], None]
 
 
 class Targets:
-    """The endpoints of one sync; they are asked all at once, each from a thread of its own."""
+    """Endpoints of one sync, all or some; they are asked all at once, each from a thread of its own."""
 
-    def __init__(self, endpoints: Sequence[Endpoint], timeout_s: float) -> None:
-        self._all = [Target(each, Receiver(each.host, each.port, timeout_s)) for each in endpoints]
-        self._threads = ThreadPoolExecutor(max(1, len(self._all)), thread_name_prefix="sync")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._threads.shutdown()
-        for target in self._all:
-            target.receiver.close()
+    def __init__(self, targets: Sequence[Target], threads: ThreadPoolExecutor) -> None:
+        self._targets = targets
+        self._threads = threads
 
     @property
     def live(self) -> list[Target]:
-        return [target for target in self._all if target.problem is None]
+        return [target for target in self._targets if target.problem is None]
+
+    def among(self, wanted: Callable[[Target], bool]) -> "Targets":
+        """Those who are in and are wanted."""
+        return Targets([target for target in self.live if wanted(target)], self._threads)
 
     def start(self, target: Target, ask: Ask) -> Future[None]:
         return self._threads.submit(ask, target)
@@ -68,24 +75,32 @@ class Targets:
         """Ask all who are in; who fails is out. Returns whether nobody failed."""
         failures = self._ask(self.live, ask)
         for target, error in failures:
-            target.problem = str(error)
+            target.fail(error)
         return not failures
 
     def each_may_refuse(self, ask: Ask) -> None:
-        """Ask all who are in for something without which the sync is a success still; the report says who failed."""
+        """Ask all who are in for something without which the sync is a success still; the report says who refused."""
         for target, error in self._ask(self.live, ask):
-            target.remarks.append(str(error))
+            if error.status is None:
+                target.fail(error)
+            else:
+                target.remarks.append(str(error))
 
     @contextmanager
-    def paused(self, mode: PauseMode) -> Iterator[None]:
-        """Generation rests meanwhile. Who then has whole weights, old or new, goes on; a mixture is never served."""
-        self.each(lambda target: target.receiver.pause(mode))
+    def paused(self, mode: PauseMode, phases: Phases) -> Iterator[None]:
+        """Generation rests meanwhile. Who then has whole weights, old or new, goes on.
+
+        Others stay as they are: with a mixture, or with keys and values of the old weights, for all that is known.
+        """
+        with phases.timed("pause"):
+            self.each(lambda target: target.receiver.pause(mode))
         try:
             yield
         finally:
-            servable = [target for target in self._all if target.servable]
-            for target, error in self._ask(servable, lambda target: target.receiver.resume()):
-                target.problem = target.problem or str(error)
+            servable = [target for target in self._targets if target.servable]
+            with phases.timed("resume"):
+                for target, error in self._ask(servable, lambda target: target.receiver.resume()):
+                    target.problem = target.problem or str(error)
 
     def report(self) -> list[EndpointReport]:
         return [
@@ -95,13 +110,23 @@ class Targets:
                 success=target.whole and target.problem is None,
                 message=_message(target),
             )
-            for target in self._all
+            for target in self._targets
         ]
 
     def _ask(self, targets: Sequence[Target], ask: Ask) -> list[tuple[Target, ReceiverError]]:
         answers = [(target, self.start(target, ask)) for target in targets]
         failures = [(target, failure(answer)) for target, answer in answers]
         return [(target, error) for target, error in failures if error is not None]
+
+
+@contextmanager
+def reaching(endpoints: Sequence[Endpoint], timeout_s: float) -> Iterator[Targets]:
+    """The endpoints as targets, with `timeout_s` for each answer."""
+    targets = [Target(each, Receiver(each.host, each.port, each.api_key, timeout_s)) for each in endpoints]
+    with ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="sync") as threads:
+        yield Targets(targets, threads)
+    for target in targets:
+        target.receiver.close()
 
 
 def failure(answer: Future[None]) -> ReceiverError | None:
@@ -118,4 +143,4 @@ def _message(target: Target) -> str:
         return "; ".join(target.remarks)
     if target.servable:
         return target.problem
-    return f"{target.problem}; it stays paused, for its weights are a mixture, until a sync succeeds"
+    return f"{target.problem}; it stays paused until a sync succeeds"

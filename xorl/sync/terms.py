@@ -7,7 +7,7 @@ in what SGLang says of itself. So the config of its model is read here, and all 
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,6 +29,13 @@ BLOCK_SIZE = 128
 
 class Unfit(Exception):
     """The server cannot take these weights; the text says what would help."""
+
+
+class Way(NamedTuple):
+    """In which form an endpoint takes weights, None for plain, and how they get there; equal ones share a group."""
+
+    fp8: Fp8 | None
+    by: Literal["buckets", "tensors", "disk"]
 
 
 class Served(NamedTuple):
@@ -75,6 +82,17 @@ def taken_form(
         )
     _check_online(held, info, served, weights, ranks, blackwell=blackwell)
     return asked or held
+
+
+def no_group(info: ServerInfo, device: torch.device) -> str | None:
+    """Why a server cannot join an update group of ours."""
+    if (info.dp_size or 1) > 1 and not info.enable_dp_attention:
+        return f"it has {info.dp_size} data-parallel replicas behind one address"
+    if (info.pp_size or 1) > 1:
+        return f"it has {info.pp_size} pipeline stages, whose ranks in the group would be the same"
+    if info.device not in (None, device.type):
+        return f"it is on {info.device} and we are on {device.type}"
+    return None
 
 
 def read_served(model_path: str | None) -> Served | None:

@@ -43,7 +43,7 @@ async def remove_inference_endpoint(body: wire.EndpointAddress, plane: Plane) ->
 
 @router.get("/list_inference_endpoints")
 async def list_inference_endpoints(plane: Plane) -> wire.EndpointRows:
-    """All endpoints, asked for their health now. `stale`: the last weight sync did not reach it whole."""
+    """All endpoints, asked now. `stale`: the last weight sync did not reach it whole, or it was restarted since."""
     await plane.endpoints.probe()
     rows = [endpoint.row() for endpoint in plane.endpoints]
     return wire.EndpointRows(endpoints=rows, count=len(rows))
@@ -72,21 +72,23 @@ async def _sync(plane: ControlPlane, body: wire.SyncRequest) -> wire.SyncRespons
         flush_cache=body.flush_cache,
         cache_mode=body.cache_invalidation_mode,
         pause_mode=body.pause_mode,
-        weight_version=body.weight_version,
+        weight_version=body.weight_version or f"{model.model_id}-{uuid.uuid4().hex[:8]}",
         quantization=_fp8(body.quantization) or plane.endpoints.quantization,
+        verify=plane.config.sync.sync_verify if body.verify is None else body.verify,
     )
     try:
-        report = await plane.models.send(model, command)
+        with plane.endpoints.syncing(targets):
+            report = await plane.models.send(model, command)
     except XorlError as error:
         if error.category == "server":  # so it may have failed midway
             plane.endpoints.distrust(targets)
         return wire.SyncResponse(success=False, message=str(error))
     assert isinstance(report, SyncReport)
-    plane.endpoints.mark(report)
-    return _sync_response(report)
+    plane.endpoints.mark(report, command.weight_version)
+    return _sync_response(report, command.weight_version)
 
 
-def _sync_response(report: SyncReport) -> wire.SyncResponse:
+def _sync_response(report: SyncReport, weight_version: str) -> wire.SyncResponse:
     lines = [
         wire.EndpointSynced(host=line.host, port=line.port, success=line.success, message=line.message)
         for line in report.endpoints
@@ -100,6 +102,8 @@ def _sync_response(report: SyncReport) -> wire.SyncResponse:
         total_bytes=report.total_bytes,
         num_parameters=report.num_parameters,
         num_buckets=report.num_buckets,
+        weight_version=weight_version,
+        seconds=report.seconds,
         endpoints_synced=lines,
     )
 
