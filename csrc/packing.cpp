@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+
+#include <ATen/core/grad_mode.h>
 
 namespace xorl {
 
@@ -72,11 +75,11 @@ std::vector<Load> cut(const std::vector<at::Tensor>& tensors, int64_t bucket_byt
     const int64_t num_bytes = num_bytes_of(tensor);
     if (num_bytes == 0) continue;
     if (num_bytes >= std::min(kAlone, bucket_bytes)) {
-      loads.push_back({{tensor.detach()}, num_bytes});
+      loads.push_back({{tensor}, num_bytes});
       continue;
     }
     if (small.num_bytes + num_bytes > bucket_bytes) loads.push_back(std::exchange(small, {}));
-    small.tensors.push_back(tensor.detach());
+    small.tensors.push_back(tensor);
     small.num_bytes += num_bytes;
   }
   if (!small.tensors.empty()) loads.push_back(std::move(small));
@@ -90,6 +93,7 @@ bool is_flat(const Load& load, at::Device device) {
 at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.detach().flatten().view(at::kByte); }
 
 void pack(const at::Tensor& bucket, const Load& load) {
+  const at::NoGradGuard no_grad;
   if (all_on_cpu(bucket, load)) return pack_on_cpu(bucket, load);
   std::vector<at::Tensor> sources;
   sources.reserve(load.tensors.size());
@@ -99,6 +103,7 @@ void pack(const at::Tensor& bucket, const Load& load) {
 }
 
 void unpack(const at::Tensor& bucket, const Load& load) {
+  const at::NoGradGuard no_grad;
   if (all_on_cpu(bucket, load)) return unpack_on_cpu(bucket, load);
   const std::vector<at::Tensor> parts = places(bucket, load);
   std::vector<at::Tensor> targets, sources;
