@@ -59,9 +59,7 @@ def many_tensors() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(300, (MANY,), generator=generator).tolist()
     sizes[:: MANY // 5] = [2001] * len(sizes[:: MANY // 5])
-    return [
-        torch.randint(2, (size,), generator=generator).to(DTYPES[i % len(DTYPES)]) for i, size in enumerate(sizes)
-    ]
+    return [torch.randint(2, (size,), generator=generator).to(DTYPES[i % len(DTYPES)]) for i, size in enumerate(sizes)]
 
 
 LISTS: dict[str, Callable[[], list[Tensor]]] = {"odd": tensors, "many": many_tensors}
@@ -208,7 +206,7 @@ def test_slots_take_turns_and_their_memory_stays(num_slots):
 
 
 def test_small_tensors_share_a_broadcast_whatever_lies_between():
-    """What is on the wire, seen by a receiver that takes plain broadcasts: the large from their storage, then the rest."""
+    """As a receiver sees it that takes plain broadcasts: the large ones from their storage, then the rest."""
     group, other = make_pair()
     large, small = [torch.full((1000,), i, dtype=torch.uint8) for i in range(3)], torch.arange(30, dtype=torch.uint8)
     end = _C.BucketBroadcast(group, 0, CPU, TIMEOUT_S)
@@ -260,10 +258,13 @@ def test_both_ends_can_be_aborted_amid_a_list_and_a_new_group_works():
     ends = [_C.BucketBroadcast(group, 0, CPU, 2.0) for group in make_pair(timeout_s=2.0)]
     sent = [torch.ones(1000) for _ in range(1000)]
 
+    def broadcast_for_ever(end: BucketBroadcast, of: list[Tensor]) -> None:
+        while True:
+            end.broadcast(of, 4096)
+
     def broadcast(end: BucketBroadcast, of: list[Tensor]) -> None:
         with pytest.raises(RuntimeError, match="it was aborted"):
-            for _ in range(1_000_000):  # until somebody ends it
-                end.broadcast(of, 4096)
+            broadcast_for_ever(end, of)
 
     aborts = [threading.Timer(0.1, end.abort) for end in ends]
     for abort in aborts:
@@ -288,11 +289,15 @@ def test_a_process_that_stops_or_dies_amid_a_list_is_named_by_its_bucket(kind, w
     """The peer takes two buckets, then ends; what follows is more than the sockets between us hold."""
     host = GroupHost("127.0.0.1", 0, TIMEOUT_S)
     size = 16 << 20
+
+    def send_for_ever(end: BucketBroadcast) -> None:
+        while True:
+            end.send(end.slot(size))
+
     with peer(host.port, 1, 2, "fall", str(size), "2", str(int(way))) as process:
         end = broadcaster(kind)(host.form(2, "g", "gloo"), 0, CPU, 1.0)
         with pytest.raises(RuntimeError) as error:
-            for _ in range(10):
-                end.send(end.slot(size))
+            send_for_ever(end)
         assert (named := re.search(rf"bucket (\d+) of {size} bytes", str(error.value))), error.value
         assert int(named[1]) == 2
         process.send_signal(signal.SIGKILL)

@@ -18,8 +18,12 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def num_items(self) -> int:
+        return prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+        return self.num_items * ITEM_BYTES[self.dtype]
 
 
 class Item(NamedTuple):
