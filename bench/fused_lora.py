@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import Options, Result, compare, matmul_rate, options, report
+from xorl_kernels.fp8_quantize import dequantize, fp8_quantize
 from xorl_kernels.fused_lora import Base, Pair, Segment, fused_lora
 
 BASE = "base alone"
@@ -43,6 +44,7 @@ class Problem(NamedTuple):
 
     x_TI: Tensor
     base: Base
+    in_fp8: Base  # the same weights
     segments: tuple[Segment, ...]
     dy_TO: Tensor
     dys: tuple[Tensor, ...]
@@ -115,7 +117,7 @@ def measure(case: Case, dtype: torch.dtype, chosen: Options) -> list[Result]:
     """The base alone, ours and the peers on one case; each answers right before it is timed."""
     torch.manual_seed(0)
     problems = [make_problem(projections, case, dtype, chosen.device) for projections in case.projections]
-    forwards: dict[str, Forward] = {"xorl": ours, "addmm_": addmm, "torch eager": eager}
+    forwards: dict[str, Forward] = {"xorl": ours, "xorl, FP8 base": ours_in_fp8, "addmm_": addmm, "torch eager": eager}
     if len(case.ranks) == 1 and find_spec("peft") is not None:
         forwards["PEFT"] = peft_forward(problems)
     if not chosen.small and case.num_tokens in COMPILED_TOKENS and case.ranks == (16,):
@@ -145,7 +147,9 @@ def make_problem(projections: Projections, case: Case, dtype: torch.dtype, devic
         return Pair(a_RI.requires_grad_(), b_OR.requires_grad_())
 
     num_inputs, sizes = projections.num_inputs, projections.sizes
-    weight_OI = (random(sum(sizes), num_inputs) / num_inputs**0.5).to(dtype)
+    codes, scales = zip(*(fp8_quantize(random(size, num_inputs) / num_inputs**0.5) for size in sizes), strict=True)
+    weight_OI = torch.cat([dequantize(*each) for each in zip(codes, scales, strict=True)]).to(dtype)
+    codes_OI = torch.cat([codes_QI.view(torch.uint8) for codes_QI in codes]).view(torch.float8_e4m3fn)
     segments = tuple(
         Segment(start, stop, tuple(pair(rank, size) for size in sizes), SCALE)
         for (start, stop), rank in zip(skewed(case.num_tokens, len(case.ranks)), case.ranks, strict=True)
@@ -153,7 +157,7 @@ def make_problem(projections: Projections, case: Case, dtype: torch.dtype, devic
     x_TI = random(case.num_tokens, num_inputs).to(dtype).requires_grad_()
     dy_TO = random(case.num_tokens, sum(sizes)).to(dtype)
     dys = tuple(dy_TQ.contiguous() for dy_TQ in dy_TO.split(sizes, dim=1))
-    return Problem(x_TI, Base(weight_OI, None, sizes), segments, dy_TO, dys)
+    return Problem(x_TI, Base(weight_OI, None, sizes), Base(codes_OI, None, sizes, scales), segments, dy_TO, dys)
 
 
 def skewed(num_tokens: int, num_parts: int) -> Iterator[tuple[int, int]]:
@@ -210,10 +214,11 @@ def cast(problem: Problem, dtype: torch.dtype) -> Problem:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype, copy=True).requires_grad_()
 
-    x_TI, (weight_OI, bias_O, sizes), segments, dy_TO, dys = problem
+    x_TI, base, in_fp8, segments, dy_TO, dys = problem
     return Problem(
         leaf(x_TI),
-        Base(weight_OI.to(dtype), bias_O, sizes),
+        base._replace(weight_OI=base.weight_OI.to(dtype)),
+        in_fp8,
         tuple(
             Segment(start, stop, tuple(pair and Pair(*map(leaf, pair)) for pair in pairs), scale)
             for start, stop, pairs, scale in segments
@@ -231,9 +236,13 @@ def ours(problem: Problem) -> Sequence[Tensor]:
     return fused_lora(problem.x_TI, problem.base, problem.segments)
 
 
+def ours_in_fp8(problem: Problem) -> Sequence[Tensor]:
+    return fused_lora(problem.x_TI, problem.in_fp8, problem.segments)
+
+
 def eager(problem: Problem) -> Sequence[Tensor]:
     """As one would write it; with many adapters, a loop over their tokens."""
-    x_TI, (weight_OI, _, sizes), segments, *_ = problem
+    x_TI, (weight_OI, _, sizes, _), _, segments, *_ = problem
     outputs = []
     for p, weight_QI in enumerate(weight_OI.split(sizes)):
         deltas = [
@@ -301,7 +310,7 @@ def _peft_layers(problem: Problem) -> torch.nn.ModuleDict:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    x_TI, (weight_OI, _, sizes), (segment,), *_ = problem
+    x_TI, (weight_OI, _, sizes, _), _, (segment,), *_ = problem
     linears = torch.nn.ModuleDict()
     for p, weight_QI in enumerate(weight_OI.split(sizes)):
         num_outputs, num_inputs = weight_QI.shape

@@ -5,12 +5,14 @@ A field `port` of any section is `--port`, `XORL_PORT` and, in YAML, `port` unde
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -23,6 +25,13 @@ class ModelConfig(Section):
     full: bool = Field(False, description="train full weights, as the one model `default`; else LoRA adapters")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, else float32")
+    fp8: bool = Field(False, description="hold the frozen linear layers as FP8 blocks of 128 x 128: half the memory")
+
+    @model_validator(mode="after")
+    def _refuse_trained_codes(self) -> Self:
+        if self.full and self.fp8:
+            raise ValueError("fp8 is for a frozen base; with full all weights are trained")
+        return self
 
 
 class HttpConfig(Section):
@@ -47,9 +56,25 @@ class EngineConfig(Section):
     max_resident_adapters: int = Field(
         64, gt=0, description="adapters kept on the device; the others wait in CPU memory or on disk"
     )
+    model_weights: str = Field(
+        "", description="shares of the engine as model_id=weight, comma-separated, * for any characters; others have 1"
+    )
     max_lora_rank: int = Field(256, gt=0, description="largest rank a client may ask for")
     activation_checkpointing: bool = Field(False, description="recompute activations in backward")
+    offload_activations: bool = Field(False, description="keep activations in CPU memory until backward")
     torch_threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 lets torch choose")
+    trace_path: str = Field("", description="Chrome trace of the engine's stages, written when it ends")
+
+    @field_validator("model_weights")
+    @classmethod
+    def _refuse_bad_weights(cls, text: str) -> str:
+        _parse_weights(text)
+        return text
+
+    def weight_of(self, model_id: str) -> float:
+        """The share of a model, by the first pattern of `model_weights` that fits."""
+        weights = _parse_weights(self.model_weights)
+        return next((weight for pattern, weight in weights if fnmatchcase(model_id, pattern)), 1.0)
 
 
 class SyncConfig(Section):
@@ -75,6 +100,16 @@ class Config(Section):
                 "set api_key, or allow_remote_without_key to serve anyone"
             )
         return self
+
+
+def _parse_weights(text: str) -> list[tuple[str, float]]:
+    weights = []
+    for part in filter(None, text.split(",")):
+        pattern, _, weight = part.rpartition("=")
+        if not pattern or not re.fullmatch(r"\d*\.?\d+", weight) or not float(weight):
+            raise ValueError(f"{part!r} is not model_id=weight with a weight above 0")
+        weights.append((pattern, float(weight)))
+    return weights
 
 
 class ConfigError(Exception):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,8 +67,7 @@ def evaluate(engine: Engine, batch: Datums, model_id: str = "m") -> np.ndarray:
 
 
 def gradients(engine: Engine, model_id: str = "m") -> dict[str, Tensor]:
-    parameters = engine.models[model_id].parameters
-    return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in engine.models[model_id].gradients().items()}
 
 
 def plain_steps(network: nn.Module, batch: Datums, steps: int) -> tuple[list[float], np.ndarray]:
@@ -206,7 +206,7 @@ def test_step_without_gradient_leaves_the_weights(engine: Engine) -> None:
 def test_an_infinite_gradient_is_refused_and_dropped(engine: Engine) -> None:
     engine.run(ForwardBackward(model_id="m", datums=some_datums(), loss=CrossEntropy(), token_mean=True))
     before = evaluate(engine, some_datums())
-    next(iter(engine.models["m"].parameters.values())).grad.fill_(float("inf"))
+    next(iter(engine.models["m"].gradients().values())).fill_(float("inf"))
     with pytest.raises(NonFinite):
         engine.run(OptimStep(model_id="m", adam=ADAM))
     assert np.array_equal(before, evaluate(engine, some_datums()))
@@ -448,15 +448,15 @@ def test_running_out_of_memory_halves_the_batch(new_engine: NewEngine, monkeypat
     command = ForwardBackward(model_id="m", datums=batch, loss=CrossEntropy(), token_mean=True)
     expected = engine.run(command)
     reference = gradients(engine)
-    engine.models["m"].drop_gradients()
+    engine.models["m"].drop_gradient()
     sizes: list[int] = []
     hidden_states = engine.base.hidden_states
 
-    def scarce(tokens: Tensor, lengths: list[int]) -> Tensor:
+    def scarce(tokens: Tensor, *places: Any) -> Tensor:
         sizes.append(len(tokens))
         if len(tokens) > 16:
             raise torch.OutOfMemoryError("injected")
-        return hidden_states(tokens, lengths)
+        return hidden_states(tokens, *places)
 
     monkeypatch.setattr(engine.base, "hidden_states", scarce)
     result = engine.run(command)

@@ -391,3 +391,14 @@ def test_the_interpreter_casts_like_pytorch(device):
         assert torch.from_numpy(bits).view(torch.float8_e4m3fn).item() == code
     rounded = interpreter._convert_float(np.array([1 + 3 * 2**-8], np.float32), tl.float32, tl.bfloat16, None)
     assert struct.unpack("<f", b"\0\0" + rounded.tobytes())[0] == 1 + 2**-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (128, 128), (131, 257), (300, 144)])
+def test_dequantised_in_triton_to_the_bit(rows, cols, dtype, device):
+    kernel = pytest.importorskip("xorl_kernels.fp8_quantize.kernel")
+    codes_OI, scales = fp8_quantize(weight(rows, cols, device))
+    out_OI = torch.full((rows + 1, cols), 7.0, dtype=dtype, device=device)
+    kernel.dequantize(codes_OI, scales, out_OI[:rows])
+    assert torch.equal(out_OI[:rows], reference.dequantize(codes_OI, scales).to(dtype))
+    assert (out_OI[rows:] == 7).all()

@@ -1,81 +1,193 @@
-"""Packs datums into batches of a token budget and puts the outputs back in request order.
+"""Packs the datums of many requests into batches of a token budget.
 
-N: datums of a request; T: its tokens; K: candidate targets a position.
+N: datums; T: tokens; K: candidate targets a position.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xorl.engine.commands import Datums
+from xorl.engine.commands import Datums, Forward, ForwardBackward
+from xorl.engine.losses import LossInputs
+from xorl.types import AnyLoss
 
 
-class Request(NamedTuple):
-    """A request's columns as tensors on the CPU, still in request order."""
+class Cohort(NamedTuple):
+    """Requests with one loss and inputs of one form, their columns laid end to end; tensors on the CPU.
 
+    Attributes:
+        members: which of the step's requests.
+        bounds: [members + 1], where each request begins among the tokens.
+        owners: the request of each datum.
+        lengths: of each datum.
+        backward: whether their gradient is wanted.
+    """
+
+    backward: bool
+
+    loss: AnyLoss
+    members: list[int]
+    bounds: list[int]
+    owners: list[int]
+    lengths: list[int]
     tokens_T: Tensor  # int64
-    targets_TK: Tensor  # int64
-    arrays: Mapping[str, Tensor]  # float32 [T], weights [T, K]
-    offsets: list[int]  # [N + 1], where each datum begins
+    inputs: LossInputs
 
-    @property
-    def lengths(self) -> list[int]:
-        return [stop - start for start, stop in itertools.pairwise(self.offsets)]
+    def of(self, member: int) -> LossInputs:
+        """The inputs of one request, by its place among the members."""
+        start, stop = self.bounds[member : member + 2]
+        return LossInputs(
+            targets_TK=self.inputs.targets_TK[start:stop],
+            offsets=[offset - start for offset in self.inputs.offsets if start <= offset <= stop],
+            arrays={name: array[start:stop] for name, array in self.inputs.arrays.items()},
+        )
+
+
+class Run(NamedTuple):
+    """Consecutive tokens of a batch that belong to one of the step's requests."""
+
+    request: int
+    start: int
+    stop: int
+
+
+class Portion(NamedTuple):
+    """What a batch has of one cohort: the tokens start..stop of the batch, whole datums.
+
+    Attributes:
+        cohort: which of the step's.
+        runs: by request; their places are those in the batch.
+        positions_T: where each token stands in the cohort.
+        targets_TK: on the CPU; `inputs` has them on the device.
+    """
+
+    cohort: int
+    loss: AnyLoss
+    start: int
+    stop: int
+    runs: list[Run]
+    positions_T: Tensor
+    targets_TK: Tensor
+    inputs: LossInputs
 
 
 class Batch(NamedTuple):
-    """Whole datums that run together, laid end to end."""
+    """Whole datums that run together, laid end to end, a cohort after the other.
+
+    Attributes:
+        places_T: where each token stands in its datum.
+        requests_T: the request of each token.
+        backward: whether its gradient is wanted.
+    """
+
+    backward: bool
 
     tokens_T: Tensor
-    targets_TK: Tensor
-    arrays: Mapping[str, Tensor]
+    places_T: Tensor
+    requests_T: Tensor
     lengths: list[int]
-    positions_T: Tensor  # where each token of the batch stands in the request
+    portions: list[Portion]
 
-    @property
-    def offsets(self) -> list[int]:
-        return [0, *itertools.accumulate(self.lengths)]
+    def on_device(self, copy: Callable[[Tensor], Tensor]) -> "Batch":
+        portions = []
+        for portion in self.portions:
+            arrays = {name: copy(array) for name, array in portion.inputs.arrays.items()}
+            inputs = LossInputs(copy(portion.targets_TK), portion.inputs.offsets, arrays)
+            portions.append(portion._replace(inputs=inputs))
+        tokens_T, places_T, requests_T = (copy(x) for x in (self.tokens_T, self.places_T, self.requests_T))
+        return self._replace(tokens_T=tokens_T, places_T=places_T, requests_T=requests_T, portions=portions)
 
-    def to(self, device: torch.device) -> "Batch":
-        arrays = {name: array.to(device, non_blocking=True) for name, array in self.arrays.items()}
-        tokens_T, targets_TK = (x.to(device, non_blocking=True) for x in (self.tokens_T, self.targets_TK))
-        return self._replace(tokens_T=tokens_T, targets_TK=targets_TK, arrays=arrays)
+
+def cohorts(requests: Mapping[int, Forward | ForwardBackward]) -> list[Cohort]:
+    """Sort requests, each under its number in the step, by what their losses need."""
+    alike: dict[tuple[bool, AnyLoss, int, tuple[str, ...]], list[int]] = {}
+    for number, request in requests.items():
+        columns, backward = request.datums, isinstance(request, ForwardBackward)
+        form = backward, request.loss, columns.num_targets, tuple(sorted(columns.loss_inputs))
+        alike.setdefault(form, []).append(number)
+    return [
+        _cohort(backward, loss, {number: requests[number].datums for number in members})
+        for (backward, loss, _, _), members in alike.items()
+    ]
 
 
-def unpack(datums: Datums) -> Request:
-    """View a command's buffers as tensors."""
-    num_targets = datums.num_targets
-    arrays = {name: torch.from_numpy(_array(data, np.float32)) for name, data in datums.loss_inputs.items()}
+def _cohort(backward: bool, loss: AnyLoss, members: Mapping[int, Datums]) -> Cohort:
+    columns = list(members.values())
+    num_targets, names = columns[0].num_targets, columns[0].loss_inputs
+    offsets, bounds, owners = [0], [0], []
+    for number, each in members.items():
+        own = np.frombuffer(each.offsets, np.int32)
+        offsets += (own[1:] + bounds[-1]).tolist()
+        owners += [number] * (len(own) - 1)
+        bounds.append(offsets[-1])
+    arrays = {name: _joined([each.loss_inputs[name] for each in columns], np.float32) for name in names}
     if "weights" in arrays:
         arrays["weights"] = arrays["weights"].view(-1, num_targets)
-    return Request(
-        tokens_T=torch.from_numpy(_array(datums.tokens, np.int32)).long(),
-        targets_TK=torch.from_numpy(_array(datums.targets, np.int32)).long().view(-1, num_targets),
-        arrays=arrays,
-        offsets=_array(datums.offsets, np.int32).tolist(),
+    targets_TK = _joined([each.targets for each in columns], np.int32).long().view(-1, num_targets)
+    return Cohort(
+        backward=backward,
+        loss=loss,
+        members=list(members),
+        bounds=bounds,
+        owners=owners,
+        lengths=[stop - start for start, stop in itertools.pairwise(offsets)],
+        tokens_T=_joined([each.tokens for each in columns], np.int32).long(),
+        inputs=LossInputs(targets_TK, offsets, arrays),
     )
 
 
-def _array(data: bytes, dtype: type) -> np.ndarray:
-    return np.frombuffer(bytearray(data), dtype=dtype)  # torch wants writable memory
+def _joined(buffers: Sequence[bytes], dtype: type) -> Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray().join(buffers), dtype))  # torch wants writable memory
 
 
-def pack(request: Request, max_tokens: int) -> Iterator[Batch]:
-    """Cut a request into batches of at most `max_tokens`; a longer datum has a batch of its own."""
-    starts, lengths = request.offsets, request.lengths
-    for members in first_fit(lengths, max_tokens):
-        positions_T = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])
-        yield Batch(
-            tokens_T=request.tokens_T[positions_T],
-            targets_TK=request.targets_TK[positions_T],
-            arrays={name: array[positions_T] for name, array in request.arrays.items()},
-            lengths=[lengths[i] for i in members],
-            positions_T=positions_T,
-        )
+def pack(step: Sequence[Cohort], max_tokens: int) -> Iterator[Batch]:
+    """Cut the datums of a step's cohorts into batches of at most `max_tokens`; a longer one has a batch of its own."""
+    for backward in (True, False):
+        alike = [c for c, cohort in enumerate(step) if cohort.backward == backward]
+        datums = [(c, n) for c in alike for n in range(len(step[c].lengths))]
+        for chosen in first_fit([step[c].lengths[n] for c, n in datums], max_tokens):
+            members: dict[int, list[int]] = {}
+            for c, n in (datums[index] for index in chosen):
+                members.setdefault(c, []).append(n)
+            yield _batch(step, members, backward)
+
+
+def _batch(step: Sequence[Cohort], members: Mapping[int, Sequence[int]], backward: bool) -> Batch:
+    """The datums given of each cohort; those of a request side by side, the longest first."""
+    tokens, lengths, portions = [], [], []
+    for c, given in members.items():
+        datums = sorted(given, key=step[c].owners.__getitem__)  # stable, and `given` has the longest first
+        portions.append(_portion(step, c, datums, portions[-1].stop if portions else 0))
+        tokens.append(step[c].tokens_T[portions[-1].positions_T])
+        lengths += [step[c].lengths[n] for n in datums]
+    runs = [run for portion in portions for run in portion.runs]
+    return Batch(
+        backward=backward,
+        tokens_T=torch.cat(tokens),
+        places_T=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        requests_T=torch.from_numpy(np.repeat([run.request for run in runs], [run.stop - run.start for run in runs])),
+        lengths=lengths,
+        portions=portions,
+    )
+
+
+def _portion(step: Sequence[Cohort], c: int, datums: Sequence[int], start: int) -> Portion:
+    """Datums of a cohort, from place `start` of a batch on."""
+    cohort = step[c]
+    offsets = cohort.inputs.offsets
+    positions_T = torch.from_numpy(np.concatenate([np.arange(offsets[n], offsets[n + 1]) for n in datums]))
+    runs: list[Run] = []
+    for request, own in itertools.groupby(datums, key=cohort.owners.__getitem__):
+        first = runs[-1].stop if runs else start
+        runs.append(Run(request, first, first + sum(cohort.lengths[n] for n in own)))
+    targets_TK = cohort.inputs.targets_TK[positions_T]
+    arrays = {name: array[positions_T] for name, array in cohort.inputs.arrays.items()}
+    inputs = LossInputs(targets_TK, [0, *itertools.accumulate(cohort.lengths[n] for n in datums)], arrays)
+    return Portion(c, cohort.loss, start, runs[-1].stop, runs, positions_T, targets_TK, inputs)
 
 
 def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

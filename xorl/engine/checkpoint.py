@@ -64,10 +64,7 @@ def load_training(model: TrainedModel, base: BaseModel, directory: Path, *, opti
     except (CheckpointException, OSError, ValueError) as error:
         raise CheckpointError(f"{manifest.name}: {_reason(error)}") from error
     model.spec = manifest.lora
-    model.drop_gradients()
-    model.num_mean_tokens = 0
-    model.new_optimizer()
-    model.num_steps = manifest.step if optimizer else 0
+    model.reset()
     current = _training_state(model) if optimizer else _parameters(model)
     with torch.no_grad():
         for key, value in current.items():

@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from xorl.config import Config
-from xorl.engine.commands import AnyCommand, AnyResult, Failed, ModelInfo
+from xorl.engine.commands import AnyCommand, AnyResult, EngineNews, Failed, ModelInfo, StepReport
 from xorl.errors import EngineLost, QueueFull, by_name
 
 STOP_TIMEOUT_S = 10.0
@@ -30,12 +30,14 @@ class EngineClient:
         self._on_failed_start = on_failed_start
         self.failed_to_start = False
         self.info: ModelInfo | None = None
+        self.last_step: StepReport | None = None
         self.state: Literal["starting", "running", "dead"] = "starting"
         self._pending: dict[int, asyncio.Future[AnyResult]] = {}
         self._last_number = 0
         self._directory = tempfile.TemporaryDirectory(prefix="xorl-")
         self._tasks: list[asyncio.Task[None]] = []
         self._decoder = msgspec.msgpack.Decoder(AnyResult)
+        self._news_decoder = msgspec.msgpack.Decoder(EngineNews)
 
     @property
     def num_queued(self) -> int:
@@ -43,16 +45,18 @@ class EngineClient:
 
     async def start(self) -> None:
         """Spawn the engine process; `state` and `info` say when it is ready."""
-        address = f"ipc://{self._directory.name}/engine"
+        addresses = [f"ipc://{self._directory.name}/{name}" for name in ("commands", "results")]
         output_dir = self._config.engine.output_dir
         output_dir.mkdir(parents=True, exist_ok=True)
         self._spill_dir = tempfile.TemporaryDirectory(prefix=".evicted-", dir=output_dir)
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(address)
+        self._commands, self._results = (zmq.asyncio.Context.instance().socket(kind) for kind in (zmq.PUSH, zmq.PULL))
+        for socket, address in zip((self._commands, self._results), addresses, strict=True):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(address)
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "xorl.engine.loop", address, self._spill_dir.name), stdin=asyncio.subprocess.PIPE
+            *(sys.executable, "-m", "xorl.engine.loop", *addresses, self._spill_dir.name),
+            stdin=asyncio.subprocess.PIPE,
         )
         assert self._process.stdin
         self._process.stdin.write(self._config.model_dump_json().encode())
@@ -72,7 +76,8 @@ class EngineClient:
                 self._process.kill()
                 await self._process.wait()
         self._lose("the server is stopping")
-        self._socket.close()
+        self._commands.close()
+        self._results.close()
         self._directory.cleanup()
         self._spill_dir.cleanup()
 
@@ -90,16 +95,15 @@ class EngineClient:
         self._last_number += 1
         future = asyncio.get_running_loop().create_future()
         self._pending[self._last_number] = future
-        self._socket.send_multipart([self._last_number.to_bytes(8), msgspec.msgpack.encode(command)])
+        self._commands.send_multipart([self._last_number.to_bytes(8), msgspec.msgpack.encode(command)])
         return future
 
     async def _receive(self) -> None:
-        _, body = await self._socket.recv_multipart()
-        self.info = msgspec.msgpack.decode(body, type=ModelInfo)
-        self.state = "running"
-        log.info("engine ready", model=self.info.path, device=self.info.device, dtype=self.info.dtype)
         while True:
-            number, body = await self._socket.recv_multipart()
+            number, body = await self._results.recv_multipart()
+            if not int.from_bytes(number):
+                self._hear(self._news_decoder.decode(body))
+                continue
             future = self._pending.pop(int.from_bytes(number))
             if future.done():  # its waiter was cancelled
                 continue
@@ -108,6 +112,15 @@ class EngineClient:
                     future.set_exception(by_name(name, message))
                 case result:
                     future.set_result(result)
+
+    def _hear(self, news: EngineNews) -> None:
+        match news:
+            case ModelInfo():
+                self.info = news
+                self.state = "running"
+                log.info("engine ready", model=news.path, device=news.device, dtype=news.dtype)
+            case StepReport():
+                self.last_step = news
 
     async def _watch(self) -> None:
         code = await self._process.wait()

@@ -196,3 +196,14 @@ class ModelInfo(msgspec.Struct, frozen=True, tag=True):
     device: str
     dtype: str
     tied_embeddings: bool
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """What a step of forward and forward_backward requests was like; the engine sends one after each."""
+
+    num_requests: int
+    num_tokens: int
+    peak_bytes: int  # of memory in use at one time
+
+
+EngineNews = ModelInfo | StepReport

@@ -26,7 +26,10 @@ def merged_tensors(model: TrainedModel, base: BaseModel) -> list[Weight]:
             "hold it; sync the adapter itself (create_sampling_session) or train without lm_head"
         )
     _refuse_other_names(base.network.config)
-    return [Weight(name, tensor, base.dtype, _adapter(name, model)) for name, tensor in base.network.named_parameters()]
+    return [
+        Weight(name, tensor, base.dtype, _adapter(name, model), base.scales(name))
+        for name, tensor in base.network.named_parameters()
+    ]
 
 
 def _adapter(name: str, model: TrainedModel) -> Lora | None:

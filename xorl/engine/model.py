@@ -1,38 +1,43 @@
 """Builds the base model and runs packed sequences through it.
 
-T: tokens of one packed batch; H: hidden size; N: sequences.
+T: tokens of one packed batch; H: hidden size.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from xorl.config import ModelConfig
+from xorl.engine import attention
 from xorl.engine.commands import ModelInfo
-from xorl.engine.lora import Router, attach
+from xorl.engine.lora import LoraLinear, Router, attach
 from xorl.errors import InvalidRequest
 
 
 class BaseModel:
     """A causal language model of Hugging Face's, its layers ready for adapters unless full weights are trained.
 
-    Full weights are float32 masters, computed with in `dtype`; a frozen base is held in `dtype`.
+    Full weights are float32 masters, computed with in `dtype`; a frozen base is held in `dtype`, or its linear layers
+    in FP8.
     """
 
-    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, activation_checkpointing: bool = False, offload_activations: bool = False
+    ) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.full = config.full
         self.path = config.model
         self.network = load_network(config.model, torch.float32 if config.full else self.dtype, self.device)
-        self.network.set_attn_implementation("xorl_packed")
+        self.network.set_attn_implementation(attention.NAME)
         self.network.requires_grad_(config.full)
-        self.router = Router() if config.full else attach(self.network)
+        self.router = Router() if config.full else attach(self.network, fp8=config.fp8)
+        self._offload_activations = offload_activations
+        self._sequences = attention.sequences_for(self.device, self.dtype)
         if activation_checkpointing:
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
             self.network.train()  # transformers recomputes in train mode only; dropout is 0 in the models served
@@ -47,15 +52,25 @@ class BaseModel:
     def tied(self) -> bool:
         return self.network.get_output_embeddings().weight is self.network.get_input_embeddings().weight  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
-    def hidden_states(self, tokens_T: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Final hidden states [T, H], in `dtype`, of sequences laid end to end; none sees its neighbours."""
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        with self._autocast():
+    def scales(self, name: str) -> Tensor | None:
+        """Of the 128 × 128 blocks of a parameter that is e4m3 codes."""
+        path, _, kind = name.rpartition(".")
+        layer = self.network.get_submodule(path)
+        return layer.scales if isinstance(layer, LoraLinear) and kind == "weight" else None
+
+    def sequences(self, lengths: Sequence[int]) -> attention.Sequences:
+        """Of a batch, for `hidden_states`."""
+        return self._sequences(lengths, self.device)
+
+    def hidden_states(self, tokens_T: Tensor, places_T: Tensor, sequences: attention.Sequences) -> Tensor:
+        """Final hidden states [T, H], in `dtype`, of sequences laid end to end; none sees its neighbours.
+
+        Args:
+            places_T: where each token stands in its sequence.
+        """
+        with self._autocast(), self._saving():
             output = self.network.base_model(
-                input_ids=tokens_T[None],
-                position_ids=positions_T[None],
-                use_cache=False,
-                sequence_lengths=tuple(lengths),
+                input_ids=tokens_T[None], position_ids=places_T[None], use_cache=False, sequences=sequences
             )
         return output.last_hidden_state[0].to(self.dtype)
 
@@ -68,6 +83,12 @@ class BaseModel:
         if self.full and self.dtype != torch.float32:
             return torch.autocast(self.device.type, self.dtype)
         return nullcontext()
+
+    def _saving(self) -> AbstractContextManager[object]:
+        """Where the forward keeps what the backward needs."""
+        if not self._offload_activations:
+            return nullcontext()
+        return offloading({parameter.untyped_storage().data_ptr() for parameter in self.network.parameters()})
 
     def info(self) -> ModelInfo:
         config = self.network.config
@@ -82,6 +103,24 @@ class BaseModel:
             dtype=str(self.dtype).removeprefix("torch."),
             tied_embeddings=self.tied,
         )
+
+
+@contextmanager
+def offloading(weights: set[int]) -> Iterator[None]:
+    """Keep what the backward needs in CPU memory, except for the weights, given by the address of their storage."""
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.untyped_storage().data_ptr() in weights:
+            return tensor.device, tensor
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, kept.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, kept = packed
+        return kept.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def load_network(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -125,48 +164,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sequence_lengths: tuple[int, ...],
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """Causal attention within each of the sequences packed along the token axis of [1, heads, T, head_dim].
-
-    Consecutive sequences of one length run as one batch, so that nothing is padded and nothing quadratic is wasted.
-    """
-    outputs, start = [], 0
-    for length, count in _runs(sequence_lengths):
-        stop = start + length * count
-        q, k, v = (_as_batch(x[0, :, start:stop], count) for x in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start = stop
-    return torch.cat(outputs)[None], None
-
-
-def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(length, how many in a row), in order."""
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    return runs
-
-
-def _as_batch(x: Tensor, count: int) -> Tensor:
-    """[heads, count * L, head_dim] -> [count, heads, L, head_dim]"""
-    return x.unflatten(1, (count, -1)).transpose(0, 1)
-
-
-AttentionInterface.register("xorl_packed", packed_attention)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from xorl.engine.attention import ByLength
 from xorl.engine.lora import Span, attach
-from xorl.engine.model import packed_attention
 from xorl.sampler.adapters import LoadedAdapter
 from xorl.sampler.cache import KvRows, PackedCache, RowsCache
 from xorl.types import UNEMBEDDING
@@ -110,7 +110,7 @@ def cached_attention(
 ) -> tuple[Tensor, None]:
     """Attention of packed prompts, or of one new token a row over the cache."""
     if packed_lengths is not None:
-        return packed_attention(module, query, key, value, None, sequence_lengths=packed_lengths, scaling=scaling)
+        return ByLength(packed_lengths, query.device).attend(query, key, value, scaling), None
     # Query heads that share a key-value head stand as that head's queries, so keys need no repeating.
     num_rows, num_heads, _one, size = query.shape
     query_BGQD = query.reshape(num_rows, key.shape[1], -1, size)

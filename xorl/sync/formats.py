@@ -11,7 +11,7 @@ from xorl.errors import InvalidRequest
 from xorl.quantization import Form, Fp8
 from xorl.sync.plan import Bucket, Item, TensorSpec, WireDtype
 from xorl.types import LORA_PROJECTIONS
-from xorl_kernels.fp8_quantize import Lora, Piece, ToBfloat16, ToFloat32, ToFp8, scale_shape
+from xorl_kernels.fp8_quantize import Lora, Piece, ToBfloat16, ToFloat32, ToFp8, dequantize, scale_shape
 
 WIRE_DTYPES: dict[torch.dtype, WireDtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -27,13 +27,28 @@ _STACKED_EXPERTS = re.compile(r"(?P<experts>.*\.experts)\.(?P<part>gate_up_proj|
 class Weight(NamedTuple):
     """A full tensor under its Hugging Face name and the adapter that acts on it; `dtype` is that of a checkpoint.
 
-    Tied embeddings are one weight, the embedding. Tensors are read when a bucket is made.
+    Tied embeddings are one weight, the embedding. Tensors are read when a bucket is made. One that is held in FP8 comes
+    with the `scales` of its blocks.
     """
 
     name: str
     tensor: Tensor
     dtype: torch.dtype
     lora: Lora | None = None
+    scales: Tensor | None = None
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        """In which its values can be read."""
+        return self.tensor.dtype if self.scales is None else torch.float32
+
+    def matrix(self) -> Tensor:
+        """The values. An adapter is merged into what the training forward multiplies with, codes rounded to `dtype`."""
+        values = self.tensor.detach()
+        if self.scales is not None:
+            plain = torch.empty_like(values, dtype=torch.float32 if self.lora is None else self.dtype)
+            values = dequantize(values, self.scales, plain)
+        return values.view(-1, values.shape[-1]) if values.dim() > 1 else values.view(1, -1)
 
 
 def one_by_one(weights: Sequence[Weight]) -> list[Weight]:
@@ -66,8 +81,8 @@ def wire_items(weights: Sequence[Weight], fp8: Fp8 | None) -> list[Item]:
 def _wire_item(weight: Weight, fp8: Fp8 | None) -> Item:
     name, shape = weight.name, tuple(weight.tensor.shape)
     dtype = WIRE_DTYPES.get(weight.dtype)
-    if dtype is None or weight.tensor.dtype not in WIRE_DTYPES:
-        wrong = weight.tensor.dtype if dtype else weight.dtype
+    if dtype is None or weight.held_dtype not in WIRE_DTYPES:
+        wrong = weight.held_dtype if dtype else weight.dtype
         raise InvalidRequest(f"{name}: {wrong} cannot be synced; only {', '.join(WIRE_DTYPES.values())}")
     if fp8 is None or not is_quantized(weight, fp8):
         return Item(TensorSpec(name, dtype, shape))
@@ -99,14 +114,10 @@ def pieces(bucket: Bucket, weights: Mapping[str, Weight], fp8: Fp8 | None) -> li
 
 
 def _piece(item: Item, weight: Weight, offsets: Mapping[str, int], fp8: Fp8 | None) -> Piece:
-    name, offset, matrix = weight.name, offsets[weight.name], _as_matrix(weight.tensor.detach())
+    name, offset, matrix = weight.name, offsets[weight.name], weight.matrix()
     if item.scales is not None:
         assert fp8 is not None
         scale_offset = offsets[item.scales.name]
         return ToFp8(name, matrix, offset, scale_offset, fp8.form, fp8.power_of_two, weight.lora)
     kind = ToBfloat16 if item.values.dtype == "bfloat16" else ToFloat32
     return kind(name, matrix, offset, weight.lora)
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    return tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)

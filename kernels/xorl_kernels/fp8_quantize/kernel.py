@@ -81,6 +81,15 @@ def pack(launches: Sequence[Launch], bucket_U: Tensor, num_pieces: int) -> Tenso
     return flags_P
 
 
+def dequantize(codes_OI: Tensor, scales: Tensor, out_OI: Tensor) -> None:
+    """q · s of the block form, rounded to the dtype of `out_OI`; rows of both in one piece."""
+    rows, cols = codes_OI.shape
+    kernel: Any = _dequantize_blocks
+    strides = codes_OI.stride(0), scales.stride(0), out_OI.stride(0)
+    grid = (triton.cdiv(rows, BLOCK), triton.cdiv(cols, BLOCK))
+    kernel[grid](codes_OI, scales, out_OI, *strides, rows, cols, BLOCK=BLOCK, num_warps=8)
+
+
 def functions(kind: Kind) -> list[Any]:
     """The kernels that pack a kind, in the order of their launches."""
     match kind.kernel:
@@ -234,6 +243,9 @@ def production() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dic
             types = {name: POINTERS[name] for name in function.arg_names if name in POINTERS}
             wanted = {name: value for name, value in arguments.items() if name in function.arg_names}
             yield _form_name(function, kind, lora_rank), function, types, wanted, compile_options(kind)
+    types = dict(codes_ptr="*fp8e4nv", scales_ptr="*fp32", out_ptr="*bf16")
+    types |= dict.fromkeys(("codes_stride", "scales_stride", "out_stride", "num_rows", "num_cols"), "i32")
+    yield "dequantize_blocks", _dequantize_blocks, types, dict(BLOCK=BLOCK), dict(num_warps=8)
 
 
 def _form_name(function: Any, kind: Kind, lora_rank: int) -> str:
@@ -413,6 +425,27 @@ def _copy_blocks(
     x = x.to(out_ptr.dtype.element_ty)
     _flag(flags_ptr, row_ptr, tl.max(tl.max(_magnitude(x.to(tl.float32)), axis=1), axis=0))
     _store(out_ptr, row_ptr, row, col, x, ROWS, COLS, ALIGNED)
+
+
+@triton.jit
+def _dequantize_blocks(
+    codes_ptr,
+    scales_ptr,
+    out_ptr,
+    codes_stride,
+    scales_stride,
+    out_stride,
+    num_rows,
+    num_cols,
+    BLOCK: tl.constexpr,
+):
+    """One block, one scale."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < num_cols)
+    codes = tl.load(codes_ptr + rows * codes_stride + cols, mask=mask, other=0.0)
+    scale = tl.load(scales_ptr + tl.program_id(0) * scales_stride + tl.program_id(1))
+    tl.store(out_ptr + rows * out_stride + cols, (codes.to(tl.float32) * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

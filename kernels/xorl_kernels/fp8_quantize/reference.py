@@ -117,11 +117,7 @@ def quantize(weight_OI: Tensor, form: Form = "block", power_of_two: bool = False
 
 
 def dequantize(codes_OI: Tensor, scales: Tensor) -> Tensor:
-    """q · s in float32: the weight that a receiver computes with. The scales' shape says of which form they are.
-
-    Raises:
-        ValueError: the scales have none of the shapes that fit.
-    """
+    """q · s in float32, of every form."""
     rows, cols = codes_OI.shape
     if scales.shape == scale_shape(rows, cols, "block"):
         scales = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :cols]
