@@ -53,12 +53,13 @@ sanitize-%: $(STAMP)
 		--build-lib build/$* --build-temp build/$*-objects
 	ASAN_OPTIONS=$(ASAN_OPTIONS) TSAN_OPTIONS=$(TSAN_OPTIONS) OMP_NUM_THREADS=1 PYTHONPATH=build/$* \
 		LD_PRELOAD="$$(gcc -print-file-name=lib$(if $(filter address,$*),a,t)san.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-		setarch -R $(BIN)/pytest -p no:cacheprovider -o pythonpath="build/$* tests" tests/sync/test_broadcast.py
+		setarch -R $(BIN)/pytest -p no:cacheprovider --capture=sys -o pythonpath="build/$* tests" tests/sync/test_broadcast.py
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.fp8_quantize --small
 	$(BIN)/python -m bench.fused_lora --small
 	$(BIN)/python -m bench.logprobs --small
+	$(BIN)/python -m bench.sync --small
 	$(BIN)/python -m bench.aot
 
 demo: $(STAMP)
