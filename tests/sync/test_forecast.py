@@ -46,7 +46,11 @@ TRILLION = QWEN3_235B_A22B | {
 }
 """A mixture as wide, deep and finely cut as Kimi-K2, with Qwen3's attention."""
 
-PARAMETERS_G = {"llama-3-70b": (LLAMA_3_70B, 70.6), "qwen3-235b-a22b": (QWEN3_235B_A22B, 235.1), "1t": (TRILLION, 1041.7)}
+PARAMETERS_G = {
+    "llama-3-70b": (LLAMA_3_70B, 70.6),
+    "qwen3-235b-a22b": (QWEN3_235B_A22B, 235.1),
+    "1t": (TRILLION, 1041.7),
+}
 BUCKET_BYTES = 2**30
 
 
