@@ -22,11 +22,20 @@ def extension() -> dict[str, object]:
             raise SystemExit(f"XORL_REQUIRE_EXT=1, but torch cannot be imported: {error}") from error
         print(NOTICE.format(reason=f"torch cannot be imported here ({error})"), file=sys.stderr)
         return {}
-    sources = sorted(glob("csrc/*.cpp"))
     module = CppExtension(
-        "xorl._C", sources, depends=glob("csrc/*.h"), extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"]
+        "xorl._C",
+        sorted(glob("csrc/*.cpp")),
+        depends=glob("csrc/*.h"),
+        extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", *sanitizer()],
+        extra_link_args=sanitizer(),
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def sanitizer() -> list[str]:
+    """XORL_SANITIZE=address or thread: for `make sanitize`, which loads the runtime that it needs."""
+    name = os.environ.get("XORL_SANITIZE")
+    return [f"-fsanitize={name}", "-fno-omit-frame-pointer", "-g1"] if name else []
 
 
 setup(**extension())

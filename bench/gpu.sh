@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 read -ra tests <<<"${TESTS-tests/kernels tests/sync tests/engine}"
-read -ra benches <<<"${BENCHES-fp8_quantize fused_lora logprobs}"
+read -ra benches <<<"${BENCHES-fp8_quantize fused_lora logprobs sync engine}"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export PYTHONPATH=$PWD:$PWD/kernels:$scratch/site XORL_TUNING=$scratch/tuning.json TRITON_DEFAULT_FP_FUSION=1
@@ -26,7 +26,7 @@ if [[ $device == cuda ]]; then size=(); export TRITON_INTERPRET=0; fi
 
 # Seconds that a step may take. They add up to more than the deadline, which cuts the last ones short.
 declare -A budget=([install]=60 [build]=120 [tests/kernels]=120 [tests/sync]=60 [tests/engine]=60
-  [fp8_quantize]=100 [fused_lora]=160 [logprobs]=60)
+  [fp8_quantize]=100 [fused_lora]=160 [logprobs]=60 [sync]=60)
 deadline=525
 failed=0
 

@@ -22,6 +22,7 @@ FORBIDDEN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "xorl.engine.scheduler": (("torch", *HTTP), ()),
     "xorl.sync": (("xorl.engine", "xorl.sampler"), ("xorl.engine.commands",)),
     "xorl.sync.plan": (("torch", *HTTP), ()),
+    "xorl.sync.forecast": (("torch", *HTTP), ()),
     "xorl.sampler": (("xorl.engine",), ("xorl.engine.attention", "xorl.engine.lora", "xorl.engine.model")),
     "xorl.demo": (("xorl", "xorl_kernels"), ("xorl.demo",)),
     "xorl.types": (("torch", "xorl"), ()),

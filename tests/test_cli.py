@@ -20,7 +20,7 @@ def xorl(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_the_commands_and_every_setting() -> None:
-    assert {"serve", "sampler", "demo", "doctor"} <= set(xorl("--help").stdout.split())
+    assert {"serve", "sampler", "demo", "doctor", "sync-plan"} <= set(xorl("--help").stdout.split())
     flags = xorl("serve", "--help").stdout
     assert {"--model", "--full", "--host", "--port", "--output-dir", "--device", "--dtype"} <= set(
         flags.replace(",", " ").replace("/", " ").split()
@@ -46,3 +46,12 @@ def test_doctor_reports_the_machine_and_the_models_need(tiny_model: Path) -> Non
     for word in ("torch", "extension xorl._C", "gloo", "LoRA training", "full training", "GiB free"):
         assert word in result.stdout
     assert xorl("doctor", "--model", str(tiny_model / "missing")).returncode == 1
+
+
+def test_sync_plan_says_what_a_model_would_send_and_names_every_term(tiny_model: Path) -> None:
+    result = xorl("sync-plan", "--model", str(tiny_model), "--endpoints", "2", "--bandwidth", "50", "--format", "fp8")
+    assert result.returncode == 0, result.stderr
+    for word in ("bytes", "buckets", "wire", "load", "lag", "fill", "drain", "pause", "total"):
+        assert word in result.stdout
+    missing = xorl("sync-plan", "--model", str(tiny_model / "missing"), "--bandwidth", "50")
+    assert (missing.returncode, "missing" in missing.stdout) == (1, True)

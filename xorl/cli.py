@@ -1,9 +1,9 @@
-"""The command line: xorl serve | sampler | demo | doctor."""
+"""The command line: xorl serve | sampler | demo | doctor | sync-plan."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 from pydantic.fields import FieldInfo
@@ -79,6 +79,31 @@ def doctor(model: str | None) -> None:
     from xorl.doctor import report
 
     sys.exit(report(model))
+
+
+@main.command()
+@click.option("--model", required=True, help="Hugging Face name, local folder, or a config.json; no weights are read")
+@click.option("--endpoints", default=1, show_default=True, type=click.IntRange(1), help="inference servers")
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="tensor-parallel ranks of each")
+@click.option("--bandwidth", required=True, type=click.FloatRange(0, min_open=True), help="GB/s that a rank receives")
+@click.option("--format", "form", default="bf16", type=click.Choice(["bf16", "fp8"]), show_default=True)
+@click.option("--bucket-mib", default=1024, show_default=True, type=click.IntRange(1), help="bytes of a broadcast")
+@click.option("--backend", default="nccl", type=click.Choice(["nccl", "gloo"]), show_default=True)
+def sync_plan(
+    model: str,
+    endpoints: int,
+    ranks: int,
+    bandwidth: float,
+    form: str,
+    bucket_mib: int,
+    backend: Literal["nccl", "gloo"],
+) -> None:
+    """Say what a weight sync would send and how long it would take, without a GPU and without weights."""
+    from xorl.quantization import Fp8
+    from xorl.sync.paper import report
+
+    fp8 = Fp8() if form == "fp8" else None
+    sys.exit(report(model, endpoints, ranks, bandwidth * 1e9, fp8, bucket_mib * 2**20, backend))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class BucketBroadcast(Protocol):
     """Broadcasts flat uint8 buckets from rank 0, two at a time. After a failure a new group is needed.
 
     Raises:
-        RuntimeError: from every method: somebody did not take a bucket in time, has gone, or `abort` was called.
+        RuntimeError: from every method: somebody did not take a bucket in time, has gone, or `abort` was called. It
+            names the bucket, counted from 0 over the group's life, and its bytes.
     """
 
     def slot(self, num_bytes: int) -> Tensor:
@@ -68,6 +69,7 @@ class ReferenceBroadcast:
         self._group = group
         self._device = device
         self._failure: str | None = None
+        self._num_sent = 0
         self._options = dist.BroadcastOptions()
         self._options.rootRank = root
         self._options.timeout = timedelta(seconds=timeout_s)
@@ -81,8 +83,9 @@ class ReferenceBroadcast:
         try:
             self._group.broadcast([bytes], self._options).wait()
         except RuntimeError as error:
-            self._failure = str(error)
-            raise
+            self._failure = f"bucket {self._num_sent} of {bytes.numel()} bytes: {error}"
+            self.finish()
+        self._num_sent += 1
 
     def finish(self) -> None:
         if self._failure:

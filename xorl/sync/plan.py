@@ -18,8 +18,12 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def num_items(self) -> int:
+        return prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
+        return self.num_items * ITEM_BYTES[self.dtype]
 
 
 class Item(NamedTuple):
@@ -73,7 +77,8 @@ def _power_of_two_in(tensor: TensorSpec) -> float:
 def lay_out(items: Iterable[Item], bucket_bytes: int) -> list[Bucket]:
     """Cut the list into buckets of at most `bucket_bytes`; a larger item has a bucket of its own.
 
-    Items keep their order from bucket to bucket. Empty ones are left out.
+    Items keep their order from bucket to bucket, but the smallest bucket comes first: while the first one is produced
+    nothing is on the wire. Empty items are left out.
     """
     buckets: list[Bucket] = []
     run: list[Item] = []
@@ -86,4 +91,7 @@ def lay_out(items: Iterable[Item], bucket_bytes: int) -> list[Bucket]:
             run, run_bytes = [], 0
         run.append(item)
         run_bytes += item.num_bytes
-    return [*buckets, Bucket(tuple(run))] if run else buckets
+    if run:
+        buckets.append(Bucket(tuple(run)))
+    first = min(buckets, key=lambda bucket: bucket.num_bytes, default=None)
+    return [] if first is None else [first, *(bucket for bucket in buckets if bucket is not first)]
