@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xorl.engine.adapters import SIDES, TrainedModel
 from xorl.engine.model import BaseModel
+from xorl.engine.parallel import whole
 from xorl.errors import InvalidRequest
 from xorl.types import UNEMBEDDING
 
@@ -45,11 +46,21 @@ def merged_tensors(model: TrainedModel, base: BaseModel) -> list[Exported]:
 def _producer(name: str, weight: Tensor, model: TrainedModel, dtype: torch.dtype) -> Callable[[], Tensor]:
     layer = name.removesuffix(".weight")
     if model.spec is None or f"{layer}.{SIDES[0]}" not in model.parameters:
-        return lambda: weight.detach().to(dtype)
+        return lambda: whole(weight).detach().to(dtype)
     scale = model.spec.scale
     a_RI, b_OR = model.pair(layer)
 
     def merge() -> Tensor:
-        return torch.addmm(weight.float(), b_OR, a_RI, alpha=scale).detach().to(dtype)
+        return torch.addmm(whole(weight).float(), b_OR, a_RI, alpha=scale).detach().to(dtype)
 
     return merge
+
+
+def whole_state(base: BaseModel) -> dict[str, Tensor]:
+    """The network's own weights, in CPU memory of the first rank; empty on the others, who are to ask for it too."""
+    state = {}
+    for name, tensor in base.network.state_dict().items():
+        full = whole(tensor)
+        if base.ranks.is_first:
+            state[name] = full.cpu()
+    return state
