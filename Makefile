@@ -40,6 +40,8 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
+	$(BIN)/python -m bench.fp8_quantize --small
+	$(BIN)/python -m bench.fused_lora --small
 	$(BIN)/python -m bench.logprobs --small
 	$(BIN)/python -m bench.aot
 

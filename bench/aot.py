@@ -1,46 +1,39 @@
 """What do our kernels compile to for GPUs that are not here? `python -m bench.aot [--json FILE]`
 
-Registers, stack (spills), shared memory and the width of loads and stores, for the forms that run in production.
+Registers, stack (spills), shared memory, the width of loads and stores and the instruction of products, for the forms
+that run in production.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import triton
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xorl_kernels.fp8_quantize import kernel
-
-TARGETS = (90, 100)
-POINTERS = {
-    "codes_ptr": "*fp8e4nv",
-    "scales_ptr": "*fp32",
-    "out_ptr": "*bf16",
-    "amax_ptr": "*i32",
-    "flags_ptr": "*i32",
-    "piece_of_program_ptr": "*i32",
-    "table_ptr": "*i64",
-}
+KERNELS = ("fp8_quantize", "logprobs", "fused_lora")
+TARGETS = (80, 90, 100)
+NUM_THREADS = 2  # the compiler works without the GIL
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kernel with the constants of one use of it."""
+class Case(NamedTuple):
+    """A kernel with the types and constants of one use of it, as a kernel module's `production` yields them."""
 
     name: str
     function: Any  # of triton.jit
+    types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
 
@@ -49,9 +42,9 @@ class Case:
 class Compiled:
     """What came out of one case for one target."""
 
+    module: str
     name: str
     target: str
-    aligned: bool
     registers: int
     stack: int
     shared: int
@@ -59,6 +52,7 @@ class Compiled:
     narrow_loads: int  # of 2 bytes or fewer
     wide_stores: int
     narrow_stores: int
+    multiplies: bool  # whether the source has a product
     products: str  # tensor-core instruction
 
 
@@ -69,67 +63,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of Triton 3.9, which warns that it will change
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    compiled = [build(case, capability) for capability in TARGETS for case in cases()]
-    Console(width=130).print(_table(compiled))
+    forms = [(module, case) for module in KERNELS for case in cases(module)]
+    jobs = [(module, case, target) for module, case in forms for target in TARGETS if runs_on(case, target)]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        compiled = list(pool.map(build, *zip(*jobs, strict=True)))
+    Console(width=140).print(_table(compiled))
     if chosen.json is not None:
         chosen.json.write_text("".join(json.dumps(asdict(result)) + "\n" for result in compiled))
 
 
-def cases() -> Iterator[Case]:
-    """The kinds of launches that syncs of Qwen3 and Llama models make, and what unaligned weights fall back to."""
-    bfloat16, float32 = torch.bfloat16, torch.float32
-    kinds = [
-        (kernel.Kind("block", bfloat16, None, True, False), 0),
-        (kernel.Kind("block", float32, None, True, False), 0),
-        (kernel.Kind("block", bfloat16, None, True, True), 0),
-        (kernel.Kind("block", bfloat16, float32, True, False), 16),
-        (kernel.Kind("block", bfloat16, float32, True, False), 64),
-        (kernel.Kind("block", bfloat16, float32, True, False), 128),
-        (kernel.Kind("channel", bfloat16, None, True, False), 0),
-        (kernel.Kind("channel", bfloat16, float32, True, False), 16),
-        (kernel.Kind("tensor", bfloat16, None, True, False), 0),
-        (kernel.Kind("bfloat16", bfloat16, None, True, False), 0),
-        (kernel.Kind("bfloat16", bfloat16, float32, True, False), 16),
-        (kernel.Kind("block", bfloat16, None, False, False), 0),
-    ]
-    for kind, lora_rank in kinds:
-        constants = kernel.constants(kind, lora_rank)
-        for function in kernel.functions(kind):
-            wanted = {name: value for name, value in constants.items() if name in function.arg_names}
-            yield Case(_name(function, kind, lora_rank), function, wanted, kernel.compile_options(kind))
+def cases(module: str) -> Iterator[Case]:
+    """The launches that a kernel module says training and sync make."""
+    kernel = importlib.import_module(f"xorl_kernels.{module}.kernel")
+    return (Case(*form) for form in kernel.production())
 
 
-def _name(function: Any, kind: kernel.Kind, lora_rank: int) -> str:
-    words = [function.__name__.lstrip("_"), str(kind.dtype).removeprefix("torch.")]
-    words += [kind.kernel] * (kind.kernel in ("channel", "tensor")) + [f"rank {lora_rank}"] * (lora_rank > 0)
-    return ", ".join([*words, *["power of two"] * kind.power_of_two, *["unaligned"] * (not kind.aligned)])
+def runs_on(case: Case, capability: int) -> bool:
+    """Before sm_89 there is no e4m3; a name such as "128x256, from sm_90 on" says that its tiles want that much."""
+    least = re.search(r"from sm_(\d+) on", case.name)
+    return capability >= max(89 if "*fp8e4nv" in case.types.values() else 0, int(least[1]) if least else 0)
 
 
-def build(case: Case, capability: int) -> Compiled:
-    """Compile as a launch would: pointers are multiples of 16, as all of PyTorch's are."""
+def build(module: str, case: Case, capability: int) -> Compiled:
+    """Compile as a launch would: pointers, sizes and strides are multiples of 16, as PyTorch's mostly are."""
     names = case.function.arg_names
+    hints = "*" if "unaligned" in case.name else ("*", "i")
+    hinted = [name for name, type in case.types.items() if type.startswith(hints)]
     source = ASTSource(
         case.function,
-        {name: POINTERS.get(name, "constexpr") for name in names},
-        constexprs=case.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in names if name in POINTERS},
+        {name: case.types.get(name, "constexpr") for name in names},
+        constexprs={name: value for name, value in case.constants.items() if name in names},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in hinted},
     )
-    target = GPUTarget("cuda", capability, 32)
-    built: Any = triton.compile(source, target=target, options=case.options)
+    built: Any = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
     ptx = built.asm["ptx"]
     usage = _resource_usage(built.asm["cubin"])
     products = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)
     return Compiled(
+        module,
         case.name,
         f"sm_{capability}",
-        case.constants["ALIGNED"],
         usage["REG"],
         usage["STACK"],
         built.metadata.shared,
-        _accesses(ptx, "ld", _is_wide),
+        _accesses(ptx, "ld", _is_wide) + _copies_to_shared(ptx),
         _accesses(ptx, "ld", _is_narrow),
-        _accesses(ptx, "st", _is_wide),
+        _accesses(ptx, "st", _is_wide) + ptx.count("global.shared::cta.bulk_group"),
         _accesses(ptx, "st", _is_narrow),
+        "tt.dot" in built.asm["ttir"],
         products.group() if products else "",
     )
 
@@ -148,6 +129,12 @@ def _accesses(ptx: str, kind: str, test: Any) -> int:
     return sum(test(int(count or 1) * int(bits) // 8) for count, bits in found)
 
 
+def _copies_to_shared(ptx: str) -> int:
+    """How many copies past the registers move 16 bytes or more: cp.async, or a whole tile."""
+    pieces = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (?:0x10|16)\b", ptx)
+    return len(pieces) + len(re.findall(r"\bcp\.async\.bulk[\w.]*\.shared::\w+\.global", ptx))
+
+
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK and the like, as the tool that comes with Triton reads them from the binary."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -160,6 +147,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 def _table(compiled: Sequence[Compiled]) -> Table:
     table = Table(title="kernels, compiled ahead of time", caption=f"triton {triton.__version__}")
+    table.add_column("module", no_wrap=True)
     table.add_column("kernel", no_wrap=True)
     table.add_column("target", no_wrap=True)
     for column in ("registers", "stack", "shared", "loads 16 B / ≤2 B", "stores 16 B / ≤2 B"):
@@ -168,7 +156,7 @@ def _table(compiled: Sequence[Compiled]) -> Table:
     for result in compiled:
         loads, stores = f"{result.wide_loads} / {result.narrow_loads}", f"{result.wide_stores} / {result.narrow_stores}"
         numbers = map(str, (result.registers, result.stack, result.shared))
-        table.add_row(result.name, result.target, *numbers, loads, stores, result.products)
+        table.add_row(result.module, result.name, result.target, *numbers, loads, stores, result.products)
     return table
 
 

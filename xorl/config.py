@@ -25,6 +25,13 @@ class ModelConfig(Section):
     full: bool = Field(False, description="train full weights, as the one model `default`; else LoRA adapters")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, else float32")
+    fp8: bool = Field(False, description="hold the frozen linear layers as FP8 blocks of 128 x 128: half the memory")
+
+    @model_validator(mode="after")
+    def _refuse_trained_codes(self) -> Self:
+        if self.full and self.fp8:
+            raise ValueError("fp8 is for a frozen base; with full all weights are trained")
+        return self
 
 
 class HttpConfig(Section):

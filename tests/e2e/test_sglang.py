@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from processes import free_port
 from tiny import save_tiny_model
 from xorl.engine.commands import Endpoint, EndpointReport, SyncWeights
+from xorl.sync.formats import Weight
 from xorl.sync.push import WeightSync
 from xorl.sync.receiver import Receiver
 from xorl.types import PauseMode
@@ -34,22 +35,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not SGLANG_PYTHON, reason="XORL_SGLANG_PYTHON does not name a Python that has SGLang"),
 ]
-
-
-class Value(NamedTuple):
-    name: str
-    tensor: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    def produce(self) -> Tensor:
-        return self.tensor
 
 
 @contextmanager
@@ -154,7 +139,7 @@ def test_sglang_serves_what_was_pushed(tmp_path, tied):
         torch.testing.assert_close(served_logprobs(port), true_logprobs(start), rtol=0, atol=1e-4)
         running = threads.submit(generate, port, 300)
         for pause_mode, version, model in zip(("retract", "abort"), ("v1", "v2"), changed, strict=True):
-            weights = [Value(name, parameter) for name, parameter in model.named_parameters()]
+            weights = [Weight(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
             report = sync.push(command(port, pause_mode, version), weights)
             assert report.endpoints == [EndpointReport("127.0.0.1", port, True, "")]
             assert report.num_buckets > 2
@@ -165,7 +150,7 @@ def test_sglang_serves_what_was_pushed(tmp_path, tied):
             print(report)
         sync.close()
         again = WeightSync(30.0, torch.device("cpu"))
-        weights = [Value(name, parameter) for name, parameter in start.named_parameters()]
+        weights = [Weight(name, parameter, parameter.dtype) for name, parameter in start.named_parameters()]
         again.push(command(port, "retract", "v3"), weights)
         torch.testing.assert_close(served_logprobs(port), true_logprobs(start), rtol=0, atol=1e-4)
         again.close()

@@ -32,8 +32,7 @@ from xorl.engine.commands import (
     WakeUp,
 )
 from xorl.engine.engine import Engine, Prepared
-from xorl.engine.loop import EngineLoop, Numbered
-from xorl.engine.scheduler import Scheduler
+from xorl.engine.loop import EngineLoop
 from xorl.engine.trace import Span, Trace
 from xorl.errors import XorlError
 from xorl.types import AdamParams, CrossEntropy, LoraSpec, Ppo
@@ -75,7 +74,7 @@ class Client:
 
 
 @contextmanager
-def serving(engine: Engine, trace: Trace | None = None, quantum: int = 64) -> Iterator[Client]:
+def serving(engine: Engine, trace: Trace | None = None) -> Iterator[Client]:
     """A loop for the block."""
     context, ended = zmq.Context(), threading.Event()
     pairs = []
@@ -86,8 +85,7 @@ def serving(engine: Engine, trace: Trace | None = None, quantum: int = 64) -> It
         ours.bind(f"inproc://{name}")
         theirs.connect(f"inproc://{name}")
         pairs.append((ours, theirs))
-    scheduler: Scheduler[Numbered] = Scheduler(quantum)
-    loop = EngineLoop(engine, pairs[0][1], pairs[1][1], scheduler, 64, trace or Trace())
+    loop = EngineLoop(engine, pairs[0][1], pairs[1][1], trace or Trace())
     thread = threading.Thread(target=loop.run, args=[lambda: not ended.is_set()])
     thread.start()
     try:
@@ -95,6 +93,7 @@ def serving(engine: Engine, trace: Trace | None = None, quantum: int = 64) -> It
     finally:
         ended.set()
         thread.join()
+        context.destroy(linger=0)
 
 
 def some_datums(seed: int, lengths: Sequence[int] = (7, 3)) -> Any:
@@ -107,22 +106,6 @@ def batch(model_id: str, seed: int = 0) -> ForwardBackward:
 
 def new_model(model_id: str) -> CreateModel:
     return CreateModel(model_id=model_id, lora=LoraSpec(rank=2, seed=1))
-
-
-class Gates:
-    """Holds every step before it computes, until it is let through; a step may look ahead of the one that computes."""
-
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.free = threading.Semaphore(0)
-        self.steps: list[list[str]] = []
-        compute = engine.compute
-
-        def held(prepared: Prepared) -> Any:
-            assert self.free.acquire(timeout=PATIENCE_S)
-            self.steps.append([getattr(command, "model_id", "") for command in prepared.commands])
-            return compute(prepared)
-
-        monkeypatch.setattr(engine, "compute", held)
 
 
 class WatchedTrace(Trace):
@@ -165,21 +148,27 @@ def test_stages_overlap(new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch) 
     assert overlapped == list(range(1, len(commands) + 1))
 
 
-def test_what_arrives_while_a_step_computes_shares_the_next(
+def test_what_arrives_while_a_step_computes_shares_the_next_to_be_prepared(
     new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = new_engine()
-    with serving(engine) as client:
-        client.run(*(new_model(model_id) for model_id in "abcd"))
-        gates = Gates(engine, monkeypatch)
-        first = client.send(batch("a"))
-        second = client.send(batch("a", 1))  # prepared while the first is held, or together with it
-        rest = client.send(*(batch(model_id, 2) for model_id in "abcd"))
-        gates.free.release(10)
-        client.get([*first, *second, *rest])
-    assert sum(len(step) for step in gates.steps) == 6
-    assert len(gates.steps) <= 3
-    assert set(gates.steps[-1]) >= set("bcd")
+    engine, trace, released = new_engine(), WatchedTrace(), threading.Event()
+    compute, steps = engine.compute, []
+
+    def held(prepared: Prepared) -> Any:
+        assert released.wait(PATIENCE_S)
+        steps.append(len(prepared.commands))
+        return compute(prepared)
+
+    with serving(engine, trace) as client:
+        created = client.run(*(new_model(model_id) for model_id in "abcd"))
+        monkeypatch.setattr(engine, "compute", held)
+        numbers = []
+        for step, model_ids in enumerate(("a", "a", "abcd"), start=len(created) + 1):
+            numbers += client.send(*(batch(model_id) for model_id in model_ids))
+            assert step > len(created) + 2 or trace.wait_for("prepare", step)
+        released.set()
+        client.get(numbers)
+    assert steps == [1, 1, 4]
 
 
 def test_an_optim_step_follows_its_forward_backward(new_engine: NewEngine) -> None:

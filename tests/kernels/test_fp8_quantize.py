@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xorl_kernels.dispatch import use_triton
-from xorl_kernels.fp8_quantize import Lora, Packer, Piece, ToBfloat16, ToFp8, fp8_quantize, reference, scale_shape
+from xorl_kernels.fp8_quantize import (
+    Lora,
+    Packer,
+    Piece,
+    ToBfloat16,
+    ToFloat32,
+    ToFp8,
+    dequantize,
+    fp8_quantize,
+    reference,
+    scale_shape,
+)
 
 torch.set_num_threads(1)
 
@@ -221,21 +232,26 @@ LORAS = [(128, 256, 16, 2.0), (130, 144, 1, 0.5), (17, 31, 5, -1.0), (64, 64, 10
 @pytest.mark.parametrize("lora_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_weights_are_what_a_checkpoint_would_hold(device, dtype, lora_dtype):
+    """Rounded once, to the weight's dtype, and sent in that or in the other."""
     pieces, end, exact = [], 0, []
     for rows, cols, rank, scale in LORAS:
         weight_OI, adapter = weight(rows, cols, device, dtype), lora(rows, cols, rank, scale, device, lora_dtype)
-        pieces.append(ToBfloat16(f"{rows}x{cols}", weight_OI, end, adapter))
-        end = _up(end + 2 * weight_OI.numel(), 256)
-        a_RI, b_OR = (factor.to(torch.bfloat16).double() for factor in (adapter.a_RI, adapter.b_OR))
-        exact.append(weight_OI.double() + scale * b_OR @ a_RI)
+        a_RI, b_OR = (factor.to(dtype).double() for factor in (adapter.a_RI, adapter.b_OR))
+        for kind in (ToBfloat16, ToFloat32):
+            pieces.append(kind(f"{rows}x{cols}", weight_OI, end, adapter))
+            end = _up(end + 4 * weight_OI.numel(), 256)
+            exact.append(weight_OI.double() + scale * b_OR @ a_RI)
     actual_U, expected_U = empty_bucket(end, device), empty_bucket(end, device)
     assert not any(pack(pieces, actual_U))
     reference.pack(pieces, expected_U)
     for piece, exact_OI in zip(pieces, exact, strict=True):
+        sent = torch.bfloat16 if isinstance(piece, ToBfloat16) else torch.float32
+        half_a_code = 2**-8 if torch.bfloat16 in (dtype, sent) else 2**-19  # the sum's order, in float32
         for bucket_U in (actual_U, expected_U):
-            merged_OI = bucket_U[piece.offset :][: 2 * exact_OI.numel()].view(torch.bfloat16).view(exact_OI.shape)
+            num_bytes = sent.itemsize * exact_OI.numel()
+            merged_OI = bucket_U[piece.offset :][:num_bytes].view(sent).view(exact_OI.shape)
             error_OI = (merged_OI.double() - exact_OI).abs()
-            assert (error_OI <= exact_OI.abs() * 2**-8 * 1.001 + 1e-6).all(), piece.name  # half a code of bfloat16
+            assert (error_OI <= exact_OI.abs() * half_a_code * 1.001 + 1e-6).all(), (piece.name, sent)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -284,6 +300,37 @@ def test_an_adapter_that_overflows_is_flagged(device):
     assert pack(pieces, empty_bucket(2048, device)) == [True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_pieces_are_copies(device, dtype):
+    """Vectors as rows, odd sizes, transposed matrices: what a model has besides its linear layers."""
+    weights = [weight(1, 37, device, dtype), weight(96, 160, device, dtype).T, weight(3, 5, device, dtype)]
+    pieces, end = [], 0
+    for kind in (ToFloat32, ToBfloat16):
+        for index, weight_OI in enumerate(weights):
+            pieces.append(kind(f"w{index}", weight_OI, end))
+            end = _up(end + 4 * weight_OI.numel(), 4)
+    assert_packs_like_the_reference(pieces, end, device)
+    bucket_U = empty_bucket(end, device)
+    pack(pieces, bucket_U)
+    sent_OI = bucket_U[pieces[1].offset :][: 4 * weights[1].numel()].view(torch.float32).view(weights[1].shape)
+    assert torch.equal(sent_OI, weights[1].float())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(130, 200), (1, 300), (140, 1), (1, 1)])
+def test_dequantised_codes_are_near_the_weight(form, shape):
+    weight_OI = weight(*shape, torch.device("cpu"), torch.float32)
+    codes_OI, scales = reference.quantize(weight_OI, form)
+    largest = weight_OI.abs().max()
+    assert ((dequantize(codes_OI, scales) - weight_OI).abs() <= weight_OI.abs() / 16 + largest * 2**-16).all()
+
+
+def test_scales_that_do_not_fit_are_refused():
+    codes_OI, _ = reference.quantize(weight(130, 200, torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"scales of shape \[2, 3\]"):
+        dequantize(codes_OI, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_fp8_quantize_is_the_reference(device, form):
     weight_OI = weight(127, 131, device)
@@ -317,6 +364,7 @@ def test_impossible_pieces_are_refused_by_name():
         ToFp8("x", weight_OI[:0], 0, 16),
         ToFp8("x", weight_OI.half(), 0, 16),
         ToBfloat16("x", weight_OI, 3),
+        ToFloat32("x", weight_OI, 2),
         ToBfloat16("x", weight_OI, 0, adapter),
     ]
     for piece in wrong:
@@ -343,3 +391,14 @@ def test_the_interpreter_casts_like_pytorch(device):
         assert torch.from_numpy(bits).view(torch.float8_e4m3fn).item() == code
     rounded = interpreter._convert_float(np.array([1 + 3 * 2**-8], np.float32), tl.float32, tl.bfloat16, None)
     assert struct.unpack("<f", b"\0\0" + rounded.tobytes())[0] == 1 + 2**-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (128, 128), (131, 257), (300, 144)])
+def test_dequantised_in_triton_to_the_bit(rows, cols, dtype, device):
+    kernel = pytest.importorskip("xorl_kernels.fp8_quantize.kernel")
+    codes_OI, scales = fp8_quantize(weight(rows, cols, device))
+    out_OI = torch.full((rows + 1, cols), 7.0, dtype=dtype, device=device)
+    kernel.dequantize(codes_OI, scales, out_OI[:rows])
+    assert torch.equal(out_OI[:rows], reference.dequantize(codes_OI, scales).to(dtype))
+    assert (out_OI[rows:] == 7).all()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xorl_kernels import tuning
+from xorl_kernels.fp8_quantize import dequantize, fp8_quantize
 from xorl_kernels.fused_lora import Base, Pair, Segment, fused_lora, reference, with_steps
 from xorl_kernels.fused_lora.layout import Layout
 
@@ -116,7 +117,7 @@ def run(function: Callable, p: Problem) -> list[Tensor]:
     dys = [torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in ys]
     torch.autograd.backward(ys, dys)
     leaves = [p.x_TI, p.base.weight_OI, *([] if p.base.bias_O is None else [p.base.bias_O]), *p.factors]
-    return [*ys, *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+    return [*ys, *(torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in leaves)]
 
 
 def compute(way: str) -> Callable:
@@ -178,6 +179,21 @@ def test_kernels_agree_with_the_reference(case, way, device):
 def test_two_runs_give_the_same_bits(way, device):
     first, second = (run(compute(way), problem(CASES["q, k and v"], torch.bfloat16, device)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize("case", ["q, k and v", "many, of many ranks", "no adapter"])
+def test_an_fp8_base_is_the_one_that_its_codes_stand_for(case, way, device):
+    p, q = (problem(CASES[case], torch.bfloat16, device) for _ in range(2))
+    sizes = CASES[case].sizes
+    quantized = [fp8_quantize(weight_QI) for weight_QI in p.base.weight_OI.detach().split(sizes)]
+    codes_OI = torch.cat([codes_QI.view(torch.uint8) for codes_QI, _ in quantized]).view(torch.float8_e4m3fn)
+    held = p.base._replace(weight_OI=codes_OI, scales=tuple(scales for _, scales in quantized))
+    plain_OI = torch.cat([dequantize(*each) for each in quantized]).to(torch.bfloat16)
+    meant = q.base._replace(weight_OI=plain_OI)
+    got, wanted = run(compute(way), p._replace(base=held)), run(compute(way), q._replace(base=meant))
+    for actual, expected in zip(got, wanted, strict=True):
+        assert torch.equal(actual.float(), expected.float())
 
 
 @pytest.mark.parametrize("way", WAYS[:2])

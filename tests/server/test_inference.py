@@ -6,6 +6,7 @@ import pytest
 
 from inprocess import Server
 from xorl.engine.commands import Endpoint, SyncWeights
+from xorl.quantization import Fp8
 
 pytestmark = pytest.mark.anyio
 
@@ -156,7 +157,7 @@ async def test_quantization(server: Server):
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     assert (await server.post("/api/v1/set_sync_quantization", {"quantization": fp8}))["quantization"] == fp8
     await server.post("/sync_inference_weights", {})
-    assert server.engine.sent(SyncWeights)[0].quantization == fp8
+    assert server.engine.sent(SyncWeights)[0].quantization == Fp8(form="block")
     for wrong in ({"quant_method": "int4"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}, {}):
         assert (await server.refused("set_sync_quantization", {"quantization": wrong})).startswith("quantization")
     assert (await server.post("/api/v1/set_sync_quantization", {"quantization": None}))["quantization"] is None

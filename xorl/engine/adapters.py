@@ -18,7 +18,8 @@ from torch.optim.adamw import adamw
 
 from xorl.engine.lora import Adapter, Pair, init_pairs, layer_shapes
 from xorl.engine.model import BaseModel
-from xorl.engine.parallel import Ranks, is_sharded, local, parted_like
+from xorl.engine.parallel import is_sharded, local, parted_like
+from xorl.engine.ranks import Ranks
 from xorl.errors import InvalidRequest, StorageFull, UnknownId
 from xorl.types import AdamParams, LoraSpec
 
@@ -51,10 +52,8 @@ class TrainedModel:
         self.spec = spec
         self.parameters = dict(parameters)
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._weights, self._sharded = (
-            [local(p) for p in parameters.values()],
-            [is_sharded(p) for p in parameters.values()],
-        )
+        self._weights = [local(parameter) for parameter in parameters.values()]
+        self._sharded = [is_sharded(parameter) for parameter in parameters.values()]
         if spec is not None:
             self._weights, self._sharded = [torch.cat([weight.detach().flatten() for weight in self._weights])], [False]
         self.reset()

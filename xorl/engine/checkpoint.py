@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from xorl.engine.adapters import TrainedModel
-from xorl.engine.export import whole_state
+from xorl.engine.export import whole_parameters
 from xorl.engine.model import BaseModel
-from xorl.engine.parallel import Ranks
+from xorl.engine.ranks import Ranks
 from xorl.errors import CheckpointError, InvalidRequest, StorageFull
 from xorl.types import MANIFEST, Manifest
 
@@ -78,7 +78,7 @@ def save_sampler(
 ) -> int:
     """Write what an inference server loads: PEFT's two files, or the whole model when full weights are trained."""
     with _publishing(directory, replace, base.ranks) as draft:
-        state = whole_state(base) if model.spec is None else None
+        state = whole_parameters(base) if model.spec is None else None
 
         def write() -> int:
             if state is None:

@@ -6,6 +6,7 @@ K: candidate targets a position (1, or more for soft targets).
 
 import msgspec
 
+from xorl.quantization import Fp8
 from xorl.types import AdamParams, AnyLoss, CacheMode, LoraSpec, PauseMode
 
 Buffer = bytes
@@ -109,7 +110,7 @@ class SyncWeights(ModelCommand, frozen=True, tag=True, kw_only=True):
     cache_mode: CacheMode
     pause_mode: PauseMode
     weight_version: str | None
-    quantization: dict[str, str | list[int | str]] | None  # None: as the model's dtype
+    quantization: Fp8 | None  # None: as each endpoint serves them
 
 
 class Sleep(Command, frozen=True, tag=True, kw_only=True):

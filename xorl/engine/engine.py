@@ -1,13 +1,11 @@
 """Does what each command says."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from xorl.config import Config
 from xorl.engine import checkpoint
@@ -33,7 +31,7 @@ from xorl.engine.commands import (
 from xorl.engine.export import merged_tensors
 from xorl.engine.forward import AnyForward, Deferred, Packed, SharedForward, failure
 from xorl.engine.model import BaseModel
-from xorl.engine.parallel import ONE_RANK, Ranks
+from xorl.engine.ranks import ONE_RANK, Ranks
 from xorl.engine.results import optim_result
 from xorl.engine.transfer import Transfer
 from xorl.errors import Asleep
@@ -64,18 +62,17 @@ class Engine:
 
     def __init__(self, config: Config, spill_dir: Path, ranks: Ranks = ONE_RANK) -> None:
         """Models that are set aside on the CPU are kept in `spill_dir`, which nobody else may use."""
-        settings = config.engine
+        self.settings = config.engine
         self.base = BaseModel(
             config.base,
             ranks,
-            shard=settings.shard,
-            activation_checkpointing=settings.activation_checkpointing,
-            offload_activations=settings.offload_activations,
+            shard=self.settings.shard,
+            activation_checkpointing=self.settings.activation_checkpointing,
+            offload_activations=self.settings.offload_activations,
         )
-        self._ranks = ranks
-        self.models = TrainedModels(self.base, settings.max_resident_adapters, spill_dir)
+        self.models = TrainedModels(self.base, self.settings.max_resident_adapters, spill_dir)
         self._transfer = Transfer(self.base.device)
-        self.forward = SharedForward(self.base, self.models, settings, self._transfer)
+        self.forward = SharedForward(self.base, self.models, self.settings, self._transfer)
         self._sync = WeightSync(config.sync.sync_timeout_s, self.base.device)
         self._asleep = False
 
@@ -88,7 +85,7 @@ class Engine:
         Raises:
             XorlError: the command failed; the model is as it was before.
         """
-        max_tokens = self._ranks.from_first(lambda: self.forward.budget.tokens)
+        max_tokens = self.base.ranks.from_first(lambda: self.forward.budget.tokens)
         (result,) = self.compute(self.prepare([command], max_tokens))
         return result()
 
@@ -128,7 +125,7 @@ class Engine:
             if n not in outcomes:
                 outcomes[n], error = self._run_alone(command)
                 failed.append(error is not None)
-        self._ranks.refuse_difference(failed)
+        self.base.ranks.refuse_difference(failed)
         return [outcomes[n] for n in range(len(prepared.commands))]
 
     def _run_alone(self, command: AnyCommand) -> tuple[Deferred, Exception | None]:
@@ -168,7 +165,7 @@ class Engine:
         return lambda: result
 
     def _optim_step(self, command: OptimStep) -> Deferred:
-        told = self.models[command.model_id].optim_step(command.adam, self._ranks)
+        told = self.models[command.model_id].optim_step(command.adam, self.base.ranks)
         return partial(optim_result, self._transfer.outward([told]), command.adam.learning_rate)
 
     def _save_weights(self, command: SaveWeights) -> SaveResult:
@@ -195,13 +192,8 @@ class Engine:
         return SaveResult(size_bytes)
 
     def _sync_weights(self, command: SyncWeights) -> SyncReport:
-        tensors = merged_tensors(self.models[command.model_id], self.base)
-
-        def push(produced: Sequence[Callable[[], Tensor]]) -> SyncReport:
-            weights = [replace(tensor, produce=produce) for tensor, produce in zip(tensors, produced, strict=True)]
-            return self._sync.push(command, weights)
-
-        return self._ranks.led(push, [tensor.produce for tensor in tensors])
+        weights = merged_tensors(self.models[command.model_id], self.base)
+        return self.base.ranks.from_first(lambda: self._sync.push(command, weights))
 
     def _move_to(self, device: torch.device, *, asleep: bool) -> Done:
         self.base.move(device)

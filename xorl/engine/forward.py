@@ -19,7 +19,7 @@ from xorl.engine.commands import AnyResult, Forward, ForwardBackward
 from xorl.engine.lora import Adapter, Pair, Span
 from xorl.engine.memory import MemoryMeter, TokenBudget, is_out_of_memory
 from xorl.engine.model import BaseModel
-from xorl.engine.parallel import RankDivergence
+from xorl.engine.ranks import RankDivergence
 from xorl.engine.results import Outputs
 from xorl.engine.transfer import Arriving, Transfer, Wait
 from xorl.errors import OutOfMemory, XorlError

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xorl.errors import InvalidRequest
 from xorl.types import LORA_PROJECTIONS, UNEMBEDDING, LoraSpec
+from xorl_kernels.fp8_quantize import fp8_quantize
 from xorl_kernels.fused_lora import Base, Pair, Segment, fused_lora
 
 Adapter = Mapping[str, Pair]
@@ -64,8 +65,8 @@ class Router:
 class LoraGroup:
     """Linear layers of one input, such as q, k and v: the first that is called computes all."""
 
-    def __init__(self, layers: Mapping[str, nn.Linear], router: Router) -> None:
-        self.members = [LoraLinear(layer, self, index) for index, layer in enumerate(layers.values())]
+    def __init__(self, layers: Mapping[str, nn.Linear], router: Router, *, fp8: bool) -> None:
+        self.members = [LoraLinear(layer, self, index, fp8=fp8) for index, layer in enumerate(layers.values())]
         self._names, self._router = tuple(layers), router
         self.stack()
         self.forget()
@@ -75,13 +76,14 @@ class LoraGroup:
         sizes = tuple(member.out_features for member in self.members)
         biases = [member.bias for member in self.members if member.bias is not None]
         weight_OI = _stacked([member.weight for member in self.members])
-        self._stacked = Base(weight_OI, _stacked(biases) if biases else None, sizes)
+        scales = tuple(member.scales for member in self.members if member.scales is not None)
+        self._stacked = Base(weight_OI, _stacked(biases) if biases else None, sizes, scales)
 
     @property
     def _base(self) -> Base:
         """A layer alone is asked for its weights each time: sharded ones are whole only while it computes."""
-        (first, *others), (_, _, sizes) = self.members, self._stacked
-        return self._stacked if others else Base(first.weight, first.bias, sizes)
+        first, *others = self.members
+        return self._stacked if others else self._stacked._replace(weight_OI=first.weight, bias_O=first.bias)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """[..., O] of one member; the others' are kept until they are asked for."""
@@ -99,11 +101,17 @@ class LoraGroup:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus whatever adapters the router names."""
+    """A frozen linear layer plus whatever adapters the router names; in FP8 its weight is e4m3 codes with `scales`."""
 
-    def __init__(self, base: nn.Linear, group: LoraGroup, index: int) -> None:
+    scales: Tensor | None
+
+    def __init__(self, base: nn.Linear, group: LoraGroup, index: int, *, fp8: bool) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
+        self.register_buffer("scales", None, persistent=False)
+        if fp8:
+            codes_OI, self.scales = fp8_quantize(base.weight.detach())
+            self.weight = nn.Parameter(codes_OI, requires_grad=False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self._group, self._index = group, index
 
@@ -111,7 +119,7 @@ class LoraLinear(nn.Module):
         return self._group.output(self._index, x)
 
 
-def attach(model: nn.Module, *, together: bool = True) -> Router:
+def attach(model: nn.Module, *, fp8: bool = False, together: bool = True) -> Router:
     """Put a LoraLinear in place of every projection of `model`; parameter names stay as they were.
 
     Without `together` every layer computes by itself, and keeps its own weights.
@@ -123,7 +131,7 @@ def attach(model: nn.Module, *, together: bool = True) -> Router:
         }
         for leaves in _grouped(linears) if together else [(leaf,) for leaf in linears]:
             layers = {f"{parent_name}.{leaf}": linears[leaf] for leaf in leaves}
-            group = LoraGroup(layers, router)
+            group = LoraGroup(layers, router, fp8=fp8)
             router.groups.append(group)
             for name, member in zip(layers, group.members, strict=True):
                 model.set_submodule(name, member)

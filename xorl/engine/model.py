@@ -15,15 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from xorl.config import ModelConfig
 from xorl.engine import attention, parallel
 from xorl.engine.commands import ModelInfo
-from xorl.engine.lora import Router, attach
-from xorl.engine.parallel import ONE_RANK, Ranks
+from xorl.engine.lora import LoraLinear, Router, attach
+from xorl.engine.ranks import ONE_RANK, Ranks
 from xorl.errors import InvalidRequest
 
 
 class BaseModel:
     """A causal language model of Hugging Face's, its layers ready for adapters unless full weights are trained.
 
-    Full weights are float32 masters, computed with in `dtype`; a frozen base is held in `dtype`.
+    Full weights are float32 masters, computed with in `dtype`; a frozen base is held in `dtype`, or its linear layers
+    in FP8.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class BaseModel:
         self.network = load_network(config.model, dtype, torch.device("cpu")).requires_grad_(config.full)
         self.network.set_attn_implementation(attention.NAME)
         self.sharded = parallel.is_to_be_sharded(shard, self.network, ranks, self.device)
-        if self.sharded and offload_activations:
-            raise InvalidRequest("offload_activations: not with layers that are split over GPUs (shard)")
+        if self.sharded and (offload_activations or config.fp8):
+            name = "offload_activations" if offload_activations else "fp8"
+            raise InvalidRequest(f"{name}: not with layers that are split over the ranks; set shard to never")
         if not self.sharded:
             nn.Module.to(self.network, self.device)
-        self.router = Router() if config.full else attach(self.network, together=not self.sharded)
+        self.router = Router() if config.full else attach(self.network, fp8=config.fp8, together=not self.sharded)
         if self.sharded:
             parallel.shard(self.network, self.dtype, ranks, self.device)
         self._offload_activations = offload_activations
@@ -66,6 +68,12 @@ class BaseModel:
     @property
     def tied(self) -> bool:
         return self.network.get_output_embeddings().weight is self.network.get_input_embeddings().weight  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+    def scales(self, name: str) -> Tensor | None:
+        """Of the 128 × 128 blocks of a parameter that is e4m3 codes."""
+        path, _, kind = name.rpartition(".")
+        layer = self.network.get_submodule(path)
+        return layer.scales if isinstance(layer, LoraLinear) and kind == "weight" else None
 
     def sequences(self, lengths: Sequence[int]) -> attention.Sequences:
         """Of a batch, for `hidden_states`."""

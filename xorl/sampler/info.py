@@ -35,6 +35,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
     pp_size: int = 1
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    dequantizes: bool = True
     enable_lora: bool = True
     max_lora_rank: int = MAX_LORA_RANK
     max_running_requests: int = MAX_RUNNING_ROWS

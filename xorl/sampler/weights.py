@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from xorl.errors import InvalidRequest
 from xorl.sampler.network import Network
 from xorl.sync.broadcast import join_group
+from xorl_kernels.fp8_quantize import dequantize
 
 GROUP_TIMEOUT_S = 300.0
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<idx>\d+)\.(?P<part>gate|up|down)_proj\.weight")
@@ -88,7 +89,7 @@ class WeightReceiver:
             tensors = self._take_bucket(group, specs, offsets) if flattened else self._take_each(group, specs)
         except RuntimeError as error:
             raise InvalidRequest(f"update group {group_name}: {error}") from error
-        self._load(zip((spec.name for spec in specs), tensors, strict=True))
+        self._load(dict(zip((spec.name for spec in specs), tensors, strict=True)))
 
     def load_folder(self, folder: Path) -> None:
         """Load the safetensors of a checkpoint; the model stays as it was if anything in them does not fit."""
@@ -106,7 +107,7 @@ class WeightReceiver:
         missing = self._parameters.keys() - {self._home(name) for name in tensors}
         if missing:
             raise InvalidRequest(f"model_path: {folder} lacks {min(missing)}")
-        self._load(tensors.items())
+        self._load(tensors)
 
     def checksums(self) -> tuple[dict[str, str], str]:
         """Of every parameter by name: the first 8 bytes, in hex, of the SHA-256 of its bytes; and of all of them."""
@@ -141,8 +142,8 @@ class WeightReceiver:
             work.wait()
         return tensors
 
-    def _load(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        copies = [(self._target(name, tensor), tensor) for name, tensor in named]
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        copies = [(self._target(name, tensor), tensor) for name, tensor in _dequantized(tensors).items()]
         with torch.no_grad():
             for target, tensor in copies:
                 target.copy_(tensor)
@@ -158,8 +159,6 @@ class WeightReceiver:
             raise InvalidRequest(f"{name}: this model has no such weight")
         if target.shape != tensor.shape:
             raise InvalidRequest(f"{name}: shape {list(tensor.shape)}, the model's is {list(target.shape)}")
-        if tensor.dtype.itemsize < 2:
-            raise InvalidRequest(f"{name}: {tensor.dtype} needs a scale, and this server does not quantise")
         return target
 
     def _home(self, name: str) -> str:
@@ -178,6 +177,24 @@ class WeightReceiver:
         if match["part"] == "down":
             return expert
         return expert.chunk(2)[0 if match["part"] == "gate" else 1]
+
+
+def _dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """FP8 weights times their scales, which come with them; the others as they are."""
+    plain = dict(tensors)
+    for name, codes in tensors.items():
+        if codes.dtype.itemsize > 1:
+            continue
+        scales = plain.pop(f"{name}_scale_inv", None)
+        if scales is None:
+            scales = plain.pop(f"{name}_scale", None)
+        if scales is None:
+            raise InvalidRequest(f"{name}: {codes.dtype} needs a scale, {name}_scale_inv, in the same update")
+        try:
+            plain[name] = dequantize(codes, scales)
+        except ValueError as error:
+            raise InvalidRequest(f"{name}: {error}") from None
+    return plain
 
 
 def _bucket_offsets(specs: Sequence[TensorSpec]) -> list[int]:

@@ -9,7 +9,8 @@ import msgspec
 
 from xorl.engine.commands import Endpoint as SyncTarget
 from xorl.engine.commands import SyncReport
-from xorl.server.schema_inference import AddEndpointRequest, EndpointRow, Quantization
+from xorl.quantization import Fp8
+from xorl.server.schema_inference import AddEndpointRequest, EndpointRow
 from xorl.sync.receiver import ReceiverError, ServerInfo
 
 
@@ -90,7 +91,7 @@ class Endpoints:
         self._connect = connect
         self._endpoints: dict[tuple[str, int], Endpoint] = {}
         self._turn = 0
-        self.quantization: Quantization | None = None
+        self.quantization: Fp8 | None = None
 
     def __iter__(self):
         return iter(list(self._endpoints.values()))

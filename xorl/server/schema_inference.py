@@ -8,7 +8,7 @@ from xorl.server.schema import ModelId, ModelInput, Rate, Seed, SeqId, SessionId
 from xorl.types import CacheMode, PauseMode
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-Quantization = dict[str, str | list[int | str]]
+Quantization = dict[str, str | list[int | str] | None]
 
 
 class EndpointAddress(Wire):

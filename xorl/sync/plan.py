@@ -1,11 +1,11 @@
 """Lays tensors into buckets."""
 
 from collections.abc import Iterable
-from math import prod
+from math import inf, prod
 from typing import Literal, NamedTuple, get_args
 
-WireDtype = Literal["float32", "bfloat16"]
-ITEM_BYTES: dict[WireDtype, int] = {"float32": 4, "bfloat16": 2}
+WireDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
+ITEM_BYTES: dict[WireDtype, int] = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 
 assert set(ITEM_BYTES) == set(get_args(WireDtype))
 
@@ -22,46 +22,68 @@ class TensorSpec(NamedTuple):
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-class Bucket(NamedTuple):
-    """Tensors that travel in one broadcast, back to back.
+class Item(NamedTuple):
+    """What is sent for one weight; codes and their scales are made together, so they are not parted."""
 
-    The receivers' format has no padding and yet wants each tensor at a multiple of its item size, so the widest dtypes
-    come first.
-    """
+    values: TensorSpec
+    scales: TensorSpec | None = None
 
-    tensors: tuple[TensorSpec, ...]
+    @property
+    def tensors(self) -> list[TensorSpec]:
+        return [self.values] if self.scales is None else [self.values, self.scales]
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
+
+class Bucket(NamedTuple):
+    """Items that travel in one broadcast, tensors back to back.
+
+    The receivers' format has no padding and yet wants each tensor at a multiple of its item size; the kernel that packs
+    wants codes at multiples of 16. Ordered by the largest power of two in its size, each lies at a multiple of that.
+    """
+
+    items: tuple[Item, ...]
+
     @property
-    def offsets(self) -> list[int]:
-        offsets, end = [], 0
+    def tensors(self) -> list[TensorSpec]:
+        tensors = [tensor for item in self.items for tensor in item.tensors]
+        return sorted(tensors, key=_power_of_two_in, reverse=True)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(item.num_bytes for item in self.items)
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Where each tensor begins, by name, in the order of the bytes."""
+        offsets, end = {}, 0
         for tensor in self.tensors:
-            offsets.append(end)
+            offsets[tensor.name] = end
             end += tensor.num_bytes
         return offsets
 
 
-def lay_out(specs: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]:
-    """Cut the list into buckets of at most `bucket_bytes`; a larger tensor has a bucket of its own.
+def _power_of_two_in(tensor: TensorSpec) -> float:
+    """The largest in its size; an empty tensor's place must be one for any."""
+    return tensor.num_bytes & -tensor.num_bytes or inf
 
-    Tensors keep their order from bucket to bucket; inside one, those of a dtype do. Empty tensors are left out.
+
+def lay_out(items: Iterable[Item], bucket_bytes: int) -> list[Bucket]:
+    """Cut the list into buckets of at most `bucket_bytes`; a larger item has a bucket of its own.
+
+    Items keep their order from bucket to bucket. Empty ones are left out.
     """
     buckets: list[Bucket] = []
-    run: list[TensorSpec] = []
+    run: list[Item] = []
     run_bytes = 0
-    for spec in specs:
-        if not spec.num_bytes:
+    for item in items:
+        if not item.num_bytes:
             continue
-        if run and run_bytes + spec.num_bytes > bucket_bytes:
-            buckets.append(_bucket(run))
+        if run and run_bytes + item.num_bytes > bucket_bytes:
+            buckets.append(Bucket(tuple(run)))
             run, run_bytes = [], 0
-        run.append(spec)
-        run_bytes += spec.num_bytes
-    return [*buckets, _bucket(run)] if run else buckets
-
-
-def _bucket(run: list[TensorSpec]) -> Bucket:
-    return Bucket(tuple(sorted(run, key=lambda spec: -ITEM_BYTES[spec.dtype])))
+        run.append(item)
+        run_bytes += item.num_bytes
+    return [*buckets, Bucket(tuple(run))] if run else buckets

@@ -5,18 +5,31 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xorl.config import is_loopback
 from xorl.engine.commands import SyncReport, SyncWeights
-from xorl.errors import InvalidRequest
-from xorl.sync.formats import Weight, check_quantization, refusal, wire_specs
+from xorl.errors import InvalidRequest, NonFinite
+from xorl.quantization import Fp8
+from xorl.sync import terms
+from xorl.sync.formats import Weight, one_by_one, pieces, wire_items
 from xorl.sync.link import Link, LinkFailed, Members
-from xorl.sync.plan import Bucket, TensorSpec, lay_out
-from xorl.sync.receiver import ReceiverError
+from xorl.sync.plan import Bucket, lay_out
 from xorl.sync.targets import Target, Targets
+from xorl_kernels.fp8_quantize import Packer
+
+BLACKWELL = (10, 0)
+
+
+class Plan(NamedTuple):
+    """What is sent, and from what it is made."""
+
+    buckets: list[Bucket]
+    weights: Mapping[str, Weight]
+    fp8: Fp8 | None
 
 
 class WeightSync:
@@ -42,36 +55,56 @@ class WeightSync:
 
         Raises:
             InvalidRequest: a weight cannot be sent, or this machine cannot be reached as the command says.
+            NonFinite: a weight holds a NaN or an infinity, and no endpoint got anything.
         """
-        check_quantization(command.quantization)
-        buckets = lay_out(wire_specs(weights), command.bucket_bytes)
-        by_name = {weight.name: weight for weight in weights}
+        _refuse_nonfinite(weights)
         phases = Phases()
         with phases.timed("total"), Targets(command.endpoints, self._timeout_s) as targets:
             with phases.timed("probe"):
-                targets.each(_probe)
+                plan = _plan(weights, self._agree(command, weights, targets), command.bucket_bytes)
             if targets.live:
                 with targets.paused(command.pause_mode):
-                    self._update(command, buckets, by_name, targets, phases)
+                    self._update(command, plan, targets, phases)
             endpoints = targets.report()
-        sent = buckets if any(endpoint.success for endpoint in endpoints) else []
+        sent = plan.buckets if any(endpoint.success for endpoint in endpoints) else []
         return SyncReport(
             transfer_time=phases.seconds.get("transfer", 0.0),
             total_bytes=sum(bucket.num_bytes for bucket in sent),
-            num_parameters=sum(len(bucket.tensors) for bucket in sent),
+            num_parameters=sum(len(bucket.items) for bucket in sent),
             num_buckets=len(sent),
             endpoints=endpoints,
             seconds=phases.seconds,
         )
 
-    def _update(
-        self,
-        command: SyncWeights,
-        buckets: Sequence[Bucket],
-        weights: Mapping[str, Weight],
-        targets: Targets,
-        phases: "Phases",
-    ) -> None:
+    def _agree(self, command: SyncWeights, weights: Sequence[Weight], targets: Targets) -> Fp8 | None:
+        """The form of weights that all take who stay in: the one asked for, or the first one's own."""
+        targets.each(_ask_info)
+        on_cuda = self._device.type == "cuda"
+        blackwell = on_cuda and torch.cuda.get_device_capability(self._device) >= BLACKWELL
+        agreed: list[Fp8 | None] = []
+        for target in targets.live:
+            served = terms.read_served(target.info.model_path)
+            ranks = target.endpoint.world_size
+            try:
+                form = terms.taken_form(
+                    target.info, served, command.quantization, weights, ranks=ranks, blackwell=blackwell
+                )
+                if agreed and form != agreed[0]:
+                    raise terms.Unfit(
+                        "it takes weights in another form than those before it; sync it as a pool of its own"
+                    )
+            except terms.Unfit as unfit:
+                target.problem = f"{target.receiver.address}: {unfit}"
+                continue
+            agreed.append(form)
+            if served is None:
+                target.remarks.append(
+                    f"its model's config, {target.info.model_path}, is not readable here, so names, shapes and "
+                    "quantization are unchecked"
+                )
+        return agreed[0] if agreed else command.quantization
+
+    def _update(self, command: SyncWeights, plan: Plan, targets: Targets, phases: "Phases") -> None:
         """Try until all who are left have everything. Each try after the first leaves at least one endpoint behind."""
         first = True
         while targets.live:
@@ -81,11 +114,16 @@ class WeightSync:
                 if not targets.each(lambda target: target.receiver.begin_update()):
                     continue  # with a link that has no place for those who refused
                 with phases.timed("transfer"):
-                    _stream(link, buckets, weights, targets, command.bucket_bytes, first=first)
+                    _stream(link, plan, targets, command.bucket_bytes, first=first)
                 break
             except LinkFailed:
                 self._link = None
                 self._failed_before = True
+            except NonFinite as error:
+                if not any(target.touched for target in targets.live):
+                    raise
+                for target in targets.live:
+                    target.problem = str(error)
             finally:
                 first = False
         with phases.timed("commit"):
@@ -126,52 +164,63 @@ class Phases:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def _probe(target: Target) -> None:
-    reason = refusal(target.receiver.server_info(), target.endpoint.world_size)
-    if reason:
-        raise ReceiverError(f"{target.receiver.address}: {reason}")
+def _refuse_nonfinite(weights: Sequence[Weight]) -> None:
+    """Look at what training changes, before anything is sent.
+
+    A base weight with a NaN, or a merge that overflows, is found when its bucket is made.
+    """
+    trained = [
+        (weight.name, tensor)
+        for weight in weights
+        for tensor in (weight.tensor, *(weight.lora[:2] if weight.lora else ()))
+        if tensor.requires_grad
+    ]
+    if trained:
+        finite = torch.stack([tensor.detach().isfinite().all() for _, tensor in trained]).tolist()
+        _refuse([name for (name, _), is_finite in zip(trained, finite, strict=True) if not is_finite])
 
 
-def _stream(
-    link: Link,
-    buckets: Sequence[Bucket],
-    weights: Mapping[str, Weight],
-    targets: Targets,
-    bucket_bytes: int,
-    *,
-    first: bool,
-) -> None:
+def _refuse(nonfinite: Sequence[str]) -> None:
+    if nonfinite:
+        raise NonFinite(f"{', '.join(nonfinite)}: NaN or infinite, so nothing of it is sent")
+
+
+def _ask_info(target: Target) -> None:
+    target.info = target.receiver.server_info()
+
+
+def _plan(weights: Sequence[Weight], fp8: Fp8 | None, bucket_bytes: int) -> Plan:
+    weights = one_by_one(weights)
+    buckets = lay_out(wire_items(weights, fp8), bucket_bytes)
+    return Plan(buckets, {weight.name: weight for weight in weights}, fp8)
+
+
+def _stream(link: Link, plan: Plan, targets: Targets, bucket_bytes: int, *, first: bool) -> None:
     """Produce each bucket while the one before is on the wire.
 
     Raises:
         LinkFailed: somebody fell out, so the others have to be sent everything again.
+        NonFinite: a weight is; its bucket was not sent.
     """
-    for bucket in buckets:
+    for bucket in plan.buckets:
         try:
-            data = _fill(link, bucket, weights, bucket_bytes)
+            data = _fill(link, bucket, plan, bucket_bytes)
         finally:
             link.settle(lenient=first)
         link.send(bucket, data, targets)
     link.settle(lenient=first)
 
 
-def _fill(link: Link, bucket: Bucket, weights: Mapping[str, Weight], bucket_bytes: int) -> Tensor:
-    """The bucket's bytes; one tensor that is larger than a bucket stays where it is."""
-    if bucket.num_bytes > bucket_bytes:
-        (spec,) = bucket.tensors
-        return _produce(weights[spec.name], spec).contiguous().flatten().view(torch.uint8)
-    data = link.slot(bucket.num_bytes)
-    for spec, offset in zip(bucket.tensors, bucket.offsets, strict=True):
-        value = _produce(weights[spec.name], spec)
-        data[offset : offset + spec.num_bytes].view(value.dtype).view(value.shape).copy_(value)
+def _fill(link: Link, bucket: Bucket, plan: Plan, bucket_bytes: int) -> Tensor:
+    """The bucket's bytes; for a weight that is larger than a bucket, in memory that goes when they are sent."""
+    packer = Packer(pieces(bucket, plan.weights, plan.fp8))
+    if bucket.num_bytes <= bucket_bytes:
+        data = link.slot(bucket.num_bytes)
+    else:
+        data = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=packer.pieces[0].weight_OI.device)
+    packer.write(data)
+    _refuse(packer.nonfinite())
     return data
-
-
-def _produce(weight: Weight, spec: TensorSpec) -> Tensor:
-    with torch.no_grad():
-        value = weight.produce().detach()
-    assert (value.dtype, value.shape) == (weight.dtype, spec.shape), f"{spec} is {value.dtype} {value.shape}"
-    return value
 
 
 def _commit(command: SyncWeights, targets: Targets) -> None:

@@ -28,16 +28,23 @@ class ReceiverError(Exception):
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
-    """What a server says of itself; None where it does not say."""
+    """What a server says of itself; None where it does not say.
+
+    Attributes:
+        dequantizes: it takes FP8 weights of every form into plain ones.
+    """
 
     model_path: str | None = None
     served_model_name: str | None = None
     tp_size: int | None = None
+    ep_size: int | None = None
     quantization: str | None = None
     dtype: str | None = None
     kv_cache_dtype: str | None = None
     enable_lora: bool | None = None
     max_lora_rank: int | None = None
+    fp8_gemm_runner_backend: str | None = None
+    dequantizes: bool | None = None
     version: str | None = None
 
 

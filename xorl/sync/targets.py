@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from xorl.engine.commands import Endpoint, EndpointReport
-from xorl.sync.receiver import Receiver, ReceiverError
+from xorl.sync.receiver import Receiver, ReceiverError, ServerInfo
 from xorl.types import PauseMode
 
 
@@ -17,10 +17,11 @@ class Target:
     """An endpoint with what became of it.
 
     Attributes:
+        info: what it says of itself.
         problem: why it is out of the sync.
         touched: some of the new weights may be in it.
         whole: all of them are.
-        remark: what the caller should know of a success.
+        remarks: what the caller should know of a success.
     """
 
     endpoint: Endpoint
@@ -28,7 +29,8 @@ class Target:
     problem: str | None = None
     touched: bool = False
     whole: bool = False
-    remark: str = ""
+    remarks: list[str] = field(default_factory=list[str])
+    info: ServerInfo = field(default_factory=ServerInfo)
 
     @property
     def servable(self) -> bool:
@@ -72,7 +74,7 @@ class Targets:
     def each_may_refuse(self, ask: Ask) -> None:
         """Ask all who are in for something without which the sync is a success still; the report says who failed."""
         for target, error in self._ask(self.live, ask):
-            target.remark = str(error)
+            target.remarks.append(str(error))
 
     @contextmanager
     def paused(self, mode: PauseMode) -> Iterator[None]:
@@ -113,7 +115,7 @@ def failure(answer: Future[None]) -> ReceiverError | None:
 
 def _message(target: Target) -> str:
     if target.problem is None:
-        return target.remark
+        return "; ".join(target.remarks)
     if target.servable:
         return target.problem
     return f"{target.problem}; it stays paused, for its weights are a mixture, until a sync succeeds"

@@ -10,9 +10,29 @@ from torch import Tensor
 
 from xorl_kernels.dispatch import use_triton
 from xorl_kernels.fp8_quantize import reference
-from xorl_kernels.fp8_quantize.reference import Form, Lora, Piece, ToBfloat16, ToFp8, bytes_needed, scale_shape
+from xorl_kernels.fp8_quantize.reference import (
+    Form,
+    Lora,
+    Piece,
+    ToBfloat16,
+    ToFloat32,
+    ToFp8,
+    bytes_needed,
+    scale_shape,
+)
 
-__all__ = ["Form", "Lora", "Packer", "Piece", "ToBfloat16", "ToFp8", "fp8_quantize", "scale_shape"]
+__all__ = [
+    "Form",
+    "Lora",
+    "Packer",
+    "Piece",
+    "ToBfloat16",
+    "ToFloat32",
+    "ToFp8",
+    "dequantize",
+    "fp8_quantize",
+    "scale_shape",
+]
 
 
 class Packer:
@@ -72,3 +92,23 @@ def fp8_quantize(weight_OI: Tensor, form: Form = "block", power_of_two: bool = F
     Packer([ToFp8("weight", weight_OI, 0, start, form, power_of_two)]).write(bucket_U)
     codes_OI = bucket_U[:codes_bytes].view(torch.float8_e4m3fn).view(weight_OI.shape)
     return codes_OI, bucket_U[start:].view(torch.float32).view(shape)
+
+
+def dequantize(codes_OI: Tensor, scales: Tensor, out_OI: Tensor | None = None) -> Tensor:
+    """q · s: the weight that a receiver computes with. The scales' shape says of which form they are.
+
+    Args:
+        out_OI: where to, rounded to its dtype; by default a new float32 tensor.
+
+    Raises:
+        ValueError: the scales have none of the shapes that fit.
+    """
+    rows, cols = codes_OI.shape
+    if out_OI is None:
+        out_OI = torch.empty(rows, cols, device=codes_OI.device)
+    if use_triton(codes_OI) and scales.shape == scale_shape(rows, cols, "block"):
+        from xorl_kernels.fp8_quantize import kernel  # Triton is not installed everywhere
+
+        kernel.dequantize(codes_OI, scales, out_OI)
+        return out_OI
+    return out_OI.copy_(reference.dequantize(codes_OI, scales))

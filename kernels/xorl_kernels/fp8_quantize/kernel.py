@@ -6,7 +6,7 @@ N: the numbers that a kernel is told of a piece.
 
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, assert_never
 
 import torch
@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xorl_kernels.fp8_quantize.reference import BLOCK, E4M3_MAX, SMALLEST_AMAX, Form, Lora, Piece, ToFp8
+from xorl_kernels.fp8_quantize.reference import (
+    BLOCK,
+    E4M3_MAX,
+    ITEM_BYTES,
+    SMALLEST_AMAX,
+    Form,
+    Lora,
+    Piece,
+    ToBfloat16,
+    ToFloat32,
+    ToFp8,
+)
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -22,7 +33,7 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 class Kind(NamedTuple):
     """What weights have in common that one launch packs."""
 
-    kernel: Form | Literal["bfloat16"]
+    kernel: Form | Literal["bfloat16", "float32"]
     dtype: torch.dtype
     lora_dtype: torch.dtype | None
     aligned: bool  # all loads and stores in 16-byte pieces
@@ -52,13 +63,13 @@ def pack(launches: Sequence[Launch], bucket_U: Tensor, num_pieces: int) -> Tenso
         raise ValueError("a bucket starts at a multiple of 16 bytes")
     flags_P = torch.zeros(num_pieces, dtype=torch.int32, device=bucket_U.device)
     codes_U = bucket_U.view(torch.float8_e4m3fn)
-    scales_U = bucket_U[: bucket_U.numel() // 4 * 4].view(torch.float32)
+    float32_U = bucket_U[: bucket_U.numel() // 4 * 4].view(torch.float32)
     bfloat16_U = bucket_U[: bucket_U.numel() // 2 * 2].view(torch.bfloat16)
     for launch in launches:
         arguments = constants(launch.kind, launch.lora_rank) | dict(
             codes_ptr=codes_U,
-            scales_ptr=scales_U,
-            out_ptr=bfloat16_U,
+            scales_ptr=float32_U,
+            out_ptr=float32_U if launch.kind.kernel == "float32" else bfloat16_U,
             flags_ptr=flags_P,
             amax_ptr=torch.zeros(launch.num_maxima, dtype=torch.int32, device=bucket_U.device),
             piece_of_program_ptr=launch.piece_of_program_G,
@@ -70,10 +81,19 @@ def pack(launches: Sequence[Launch], bucket_U: Tensor, num_pieces: int) -> Tenso
     return flags_P
 
 
+def dequantize(codes_OI: Tensor, scales: Tensor, out_OI: Tensor) -> None:
+    """q · s of the block form, rounded to the dtype of `out_OI`; rows of both in one piece."""
+    rows, cols = codes_OI.shape
+    kernel: Any = _dequantize_blocks
+    strides = codes_OI.stride(0), scales.stride(0), out_OI.stride(0)
+    grid = (triton.cdiv(rows, BLOCK), triton.cdiv(cols, BLOCK))
+    kernel[grid](codes_OI, scales, out_OI, *strides, rows, cols, BLOCK=BLOCK, num_warps=8)
+
+
 def functions(kind: Kind) -> list[Any]:
     """The kernels that pack a kind, in the order of their launches."""
     match kind.kernel:
-        case "bfloat16":
+        case "bfloat16" | "float32":
             return [_copy_blocks]
         case "block":
             return [_quantize_blocks]
@@ -117,9 +137,15 @@ def _in_strips(kind: Kind) -> bool:
 
 
 def _kind(piece: Piece) -> Kind:
-    kernel, power_of_two = (piece.form, piece.power_of_two) if isinstance(piece, ToFp8) else ("bfloat16", False)
     lora_dtype = None if piece.lora is None else piece.lora.a_RI.dtype
-    return Kind(kernel, piece.weight_OI.dtype, lora_dtype, _is_aligned(piece), power_of_two)
+    rest = (piece.weight_OI.dtype, lora_dtype, _is_aligned(piece))
+    match piece:
+        case ToFp8():
+            return Kind(piece.form, *rest, piece.power_of_two)
+        case ToBfloat16():
+            return Kind("bfloat16", *rest, power_of_two=False)
+        case ToFloat32():
+            return Kind("float32", *rest, power_of_two=False)
 
 
 def _is_aligned(piece: Piece) -> bool:
@@ -133,7 +159,7 @@ def _is_aligned(piece: Piece) -> bool:
 
 def _out(piece: Piece) -> int:
     """Where the piece begins in the bucket, in elements of what is written."""
-    return piece.offset if isinstance(piece, ToFp8) else piece.offset // 2
+    return piece.offset // ITEM_BYTES[type(piece)]
 
 
 def _launch(kind: Kind, members: Sequence[tuple[int, Piece]]) -> Launch:
@@ -178,6 +204,54 @@ def _lora_numbers(lora: Lora | None) -> list[int]:
 
 def _float_bits(x: float) -> int:
     return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+POINTERS = {
+    "codes_ptr": "*fp8e4nv",
+    "scales_ptr": "*fp32",
+    "out_ptr": "*bf16",
+    "amax_ptr": "*i32",
+    "flags_ptr": "*i32",
+    "piece_of_program_ptr": "*i32",
+    "table_ptr": "*i64",
+}
+
+
+def production() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """The launches that syncs of Qwen3 and Llama models make, and what unaligned weights fall back to.
+
+    Of each: its name, the kernel, the types of its arguments, its constants, its compile options.
+    """
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    kinds = [
+        (Kind("block", bfloat16, None, True, False), 0),
+        (Kind("block", float32, None, True, False), 0),
+        (Kind("block", bfloat16, None, True, True), 0),
+        (Kind("block", bfloat16, float32, True, False), 16),
+        (Kind("block", bfloat16, float32, True, False), 64),
+        (Kind("block", bfloat16, float32, True, False), 128),
+        (Kind("channel", bfloat16, None, True, False), 0),
+        (Kind("channel", bfloat16, float32, True, False), 16),
+        (Kind("tensor", bfloat16, None, True, False), 0),
+        (Kind("bfloat16", bfloat16, None, True, False), 0),
+        (Kind("bfloat16", bfloat16, float32, True, False), 16),
+        (Kind("block", bfloat16, None, False, False), 0),
+    ]
+    for kind, lora_rank in kinds:
+        arguments = constants(kind, lora_rank)
+        for function in functions(kind):
+            types = {name: POINTERS[name] for name in function.arg_names if name in POINTERS}
+            wanted = {name: value for name, value in arguments.items() if name in function.arg_names}
+            yield _form_name(function, kind, lora_rank), function, types, wanted, compile_options(kind)
+    types = dict(codes_ptr="*fp8e4nv", scales_ptr="*fp32", out_ptr="*bf16")
+    types |= dict.fromkeys(("codes_stride", "scales_stride", "out_stride", "num_rows", "num_cols"), "i32")
+    yield "dequantize_blocks", _dequantize_blocks, types, dict(BLOCK=BLOCK), dict(num_warps=8)
+
+
+def _form_name(function: Any, kind: Kind, lora_rank: int) -> str:
+    words = [function.__name__.lstrip("_"), str(kind.dtype).removeprefix("torch.")]
+    words += [kind.kernel] * (kind.kernel in ("channel", "tensor")) + [f"rank {lora_rank}"] * (lora_rank > 0)
+    return ", ".join([*words, *["power of two"] * kind.power_of_two, *["unaligned"] * (not kind.aligned)])
 
 
 SOURCE = tl.constexpr(0)
@@ -345,11 +419,33 @@ def _copy_blocks(
     RANK_TILE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One block, in bfloat16."""
+    """One block, not quantised."""
     row_ptr, _, row, col = _find_block(piece_of_program_ptr, table_ptr, ROWS, COLS, ALIGNED)
-    x = _load(row_ptr, row, col, DTYPE, LORA_DTYPE, ROWS, COLS, LORA_RANK, RANK_TILE, ALIGNED).to(tl.bfloat16)
+    x = _load(row_ptr, row, col, DTYPE, LORA_DTYPE, ROWS, COLS, LORA_RANK, RANK_TILE, ALIGNED)
+    x = x.to(out_ptr.dtype.element_ty)
     _flag(flags_ptr, row_ptr, tl.max(tl.max(_magnitude(x.to(tl.float32)), axis=1), axis=0))
     _store(out_ptr, row_ptr, row, col, x, ROWS, COLS, ALIGNED)
+
+
+@triton.jit
+def _dequantize_blocks(
+    codes_ptr,
+    scales_ptr,
+    out_ptr,
+    codes_stride,
+    scales_stride,
+    out_stride,
+    num_rows,
+    num_cols,
+    BLOCK: tl.constexpr,
+):
+    """One block, one scale."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (rows < num_rows) & (cols < num_cols)
+    codes = tl.load(codes_ptr + rows * codes_stride + cols, mask=mask, other=0.0)
+    scale = tl.load(scales_ptr + tl.program_id(0) * scales_stride + tl.program_id(1))
+    tl.store(out_ptr + rows * out_stride + cols, (codes.to(tl.float32) * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -400,7 +496,7 @@ def _load(
     RANK_TILE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """A tile of W, or of W + s · B A rounded to bfloat16, in float32; zeros beyond the edges."""
+    """A tile of W, or of W + s · B A rounded to W's dtype, in float32; zeros beyond the edges."""
     rows = row + tl.arange(0, ROWS)
     cols = col + tl.arange(0, COLS)
     row_mask = rows[:, None] < tl.load(row_ptr + NUM_ROWS)
@@ -418,7 +514,7 @@ def _load(
             a_mask = (ranks[:, None] < lora_rank) & col_mask
             b = tl.load(b_ptr + rows[:, None] * b_stride + ranks[None, :], mask=b_mask, other=0.0)
             a = tl.load(a_ptr + ranks[:, None] * a_stride + cols[None, :], mask=a_mask, other=0.0)
-            delta = tl.dot(b.to(tl.bfloat16), a.to(tl.bfloat16), delta)
+            delta = tl.dot(b.to(DTYPE), a.to(DTYPE), delta, input_precision="ieee")
     source_ptr = _pointer(row_ptr, SOURCE, DTYPE, ALIGNED)
     if ALIGNED:
         offsets = rows[:, None] * _number(row_ptr, ROW_STRIDE, ALIGNED) + cols[None, :]
@@ -427,7 +523,7 @@ def _load(
     x = tl.load(source_ptr + offsets, mask=row_mask & col_mask, other=0.0).to(tl.float32)
     if LORA_RANK > 0:
         lora_scale = tl.load(row_ptr + LORA_SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-        x = (x + lora_scale * delta).to(tl.bfloat16).to(tl.float32)
+        x = (x + lora_scale * delta).to(DTYPE).to(tl.float32)
     return x
 
 

@@ -33,6 +33,15 @@ class ToBfloat16(NamedTuple):
     lora: Lora | None = None
 
 
+class ToFloat32(NamedTuple):
+    """A weight that goes into the bucket as float32, from byte `offset` on, a multiple of 4."""
+
+    name: str
+    weight_OI: Tensor
+    offset: int
+    lora: Lora | None = None
+
+
 class ToFp8(NamedTuple):
     """A weight that goes into the bucket as e4m3 codes; its float32 scales begin at `scale_offset`, a multiple of 4."""
 
@@ -45,7 +54,9 @@ class ToFp8(NamedTuple):
     lora: Lora | None = None
 
 
-Piece = ToBfloat16 | ToFp8
+Piece = ToBfloat16 | ToFloat32 | ToFp8
+
+ITEM_BYTES = {ToBfloat16: 2, ToFloat32: 4, ToFp8: 1}
 
 
 @torch.no_grad()
@@ -60,6 +71,8 @@ def _pack_one(piece: Piece, bucket_U: Tensor) -> Tensor:
         case ToBfloat16():
             values_OI = values_OI.to(torch.bfloat16)
             _put(values_OI, bucket_U, piece.offset)
+        case ToFloat32():
+            _put(values_OI.float(), bucket_U, piece.offset)
         case ToFp8():
             codes_OI, scales = quantize(values_OI, piece.form, piece.power_of_two)
             _put(codes_OI, bucket_U, piece.offset)
@@ -73,14 +86,15 @@ def _put(x: Tensor, bucket_U: Tensor, offset: int) -> None:
 
 
 def merge(weight_OI: Tensor, lora: Lora | None) -> Tensor:
-    """W + s · B A in bfloat16, as a merged checkpoint would hold it; W itself without an adapter.
+    """W + s · B A in W's dtype, as a merged checkpoint holds it; W itself without an adapter.
 
-    The factors are rounded to bfloat16 first, since that is what the training forward multiplies with.
+    The factors are rounded to W's dtype first, since that is what the training forward multiplies with; the products
+    are summed in float32. So a bfloat16 model has bfloat16 products, and a float32 model is merged without rounding.
     """
     if lora is None:
         return weight_OI
-    a_RI, b_OR = (factor.to(torch.bfloat16).float() for factor in (lora.a_RI, lora.b_OR))
-    return (weight_OI.float() + lora.scale * (b_OR @ a_RI)).to(torch.bfloat16)
+    a_RI, b_OR = (factor.to(weight_OI.dtype).float() for factor in (lora.a_RI, lora.b_OR))
+    return (weight_OI.float() + lora.scale * (b_OR @ a_RI)).to(weight_OI.dtype)
 
 
 def quantize(weight_OI: Tensor, form: Form = "block", power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -100,6 +114,16 @@ def quantize(weight_OI: Tensor, form: Form = "block", power_of_two: bool = False
         rows, cols = w_OI.shape
         inverse_OI = inverse_OI.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :cols]
     return (w_OI * inverse_OI).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scales
+
+
+def dequantize(codes_OI: Tensor, scales: Tensor) -> Tensor:
+    """q · s in float32, of every form."""
+    rows, cols = codes_OI.shape
+    if scales.shape == scale_shape(rows, cols, "block"):
+        scales = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :cols]
+    elif scales.shape not in (scale_shape(rows, cols, "channel"), scale_shape(rows, cols, "tensor")):
+        raise ValueError(f"scales of shape {list(scales.shape)} do not fit codes of {rows} by {cols}")
+    return codes_OI.float() * scales
 
 
 def scale_of(amax: Tensor, power_of_two: bool) -> Tensor:
@@ -156,17 +180,17 @@ def _end(piece: Piece) -> int:
         _require(piece, a_RI.stride(1) == 1 == b_OR.stride(1), "factors with rows in one piece")
         fits = b_OR.shape[1] == a_RI.shape[0] > 0 and (b_OR.shape[0], a_RI.shape[1]) == weight_OI.shape
         _require(piece, fits, f"factors that fit, got {tuple(b_OR.shape)} and {tuple(a_RI.shape)}")
-    match piece:
-        case ToBfloat16():
-            _require(piece, piece.offset >= 0 and piece.offset % 2 == 0, f"an even offset, got {piece.offset}")
-            return piece.offset + 2 * weight_OI.numel()
-        case ToFp8():
-            _require(piece, piece.offset >= 0, f"an offset from 0 on, got {piece.offset}")
-            whole = piece.scale_offset >= 0 and piece.scale_offset % 4 == 0
-            _require(piece, whole, f"scales at a multiple of 4, got {piece.scale_offset}")
-            rows, cols = weight_OI.shape
-            num_scales = torch.Size(scale_shape(rows, cols, piece.form)).numel()
-            return max(piece.offset + weight_OI.numel(), piece.scale_offset + 4 * num_scales)
+    item_bytes = ITEM_BYTES[type(piece)]
+    whole = piece.offset >= 0 and piece.offset % item_bytes == 0
+    _require(piece, whole, f"an offset that is a multiple of {item_bytes}, got {piece.offset}")
+    end = piece.offset + item_bytes * weight_OI.numel()
+    if not isinstance(piece, ToFp8):
+        return end
+    whole = piece.scale_offset >= 0 and piece.scale_offset % 4 == 0
+    _require(piece, whole, f"scales at a multiple of 4, got {piece.scale_offset}")
+    rows, cols = weight_OI.shape
+    num_scales = torch.Size(scale_shape(rows, cols, piece.form)).numel()
+    return max(end, piece.scale_offset + 4 * num_scales)
 
 
 def _require(piece: Piece, condition: bool, wanted: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from xorl_kernels.dispatch import use_triton
+from xorl_kernels.fp8_quantize import dequantize
 from xorl_kernels.fused_lora import reference
 from xorl_kernels.fused_lora.layout import Layout, Pair, Segment
 
@@ -19,11 +20,15 @@ __all__ = ["Base", "Pair", "Segment", "fused_lora"]
 
 
 class Base(NamedTuple):
-    """Projections of one input, such as q, k and v, with their weights stacked: `sizes` are the outputs of each."""
+    """Projections of one input, such as q, k and v, with their weights stacked: `sizes` are the outputs of each.
+
+    Weights may be e4m3 codes, with the scales of their 128 × 128 blocks for each projection.
+    """
 
     weight_OI: Tensor
     bias_O: Tensor | None
     sizes: tuple[int, ...]
+    scales: tuple[Tensor, ...] = ()
 
 
 def fused_lora(x_TI: Tensor, base: Base, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
@@ -35,7 +40,7 @@ def fused_lora(x_TI: Tensor, base: Base, segments: Sequence[Segment]) -> tuple[T
 
     Args:
         x_TI: activations, bfloat16 or float32.
-        base: of x's dtype; frozen or trained.
+        base: of x's dtype, frozen or trained; or FP8 and frozen, of which one plain weight exists at a time.
         segments: disjoint, in ascending order; tokens outside of all see the base alone. A and B are float32 masters,
             cast to x's dtype for the products.
 
@@ -51,7 +56,17 @@ def fused_lora(x_TI: Tensor, base: Base, segments: Sequence[Segment]) -> tuple[T
 def with_steps(steps: ModuleType, x_TI: Tensor, base: Base, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
     """As `fused_lora`, computed by `steps`: the module `reference` or `kernel`."""
     layout = Layout(segments, base.sizes, len(x_TI))
-    return _FusedLora.apply(x_TI, base.weight_OI, base.bias_O, layout, steps, *layout.factors)
+    return _FusedLora.apply(x_TI, base.weight_OI, base.bias_O, base.scales, layout, steps, *layout.factors)
+
+
+def _plain(weight_OI: Tensor, scales: Sequence[Tensor], sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The weight to multiply with; what is FP8 becomes plain for each product anew, at 3 bytes a weight."""
+    if not scales:
+        return weight_OI
+    plain_OI = torch.empty_like(weight_OI, dtype=dtype)
+    for codes_QI, its_scales, plain_QI in zip(weight_OI.split(sizes), scales, plain_OI.split(sizes), strict=True):
+        dequantize(codes_QI, its_scales, plain_QI)
+    return plain_OI
 
 
 def _steps(x_TI: Tensor) -> ModuleType:
@@ -71,14 +86,15 @@ class _FusedLora(torch.autograd.Function):
         x_TI: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
+        scales: tuple[Tensor, ...],
         layout: Layout,
         steps: ModuleType,
         *factors: Tensor,  # only so that autograd knows of them: the layout has them too
     ) -> tuple[Tensor, ...]:
         s_TR = steps.shrink(x_TI, layout)
-        y_TO = steps.linear(x_TI, weight_OI, bias_O, s_TR, layout)
+        y_TO = steps.linear(x_TI, _plain(weight_OI, scales, layout.sizes, x_TI.dtype), bias_O, s_TR, layout)
         ctx.save_for_backward(x_TI, weight_OI, s_TR)
-        ctx.layout, ctx.steps, ctx.num_factors = layout, steps, len(factors)
+        ctx.scales, ctx.layout, ctx.steps, ctx.num_factors = scales, layout, steps, len(factors)
         return y_TO.split(layout.sizes, dim=1)
 
     @staticmethod
@@ -88,10 +104,15 @@ class _FusedLora(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         ds_TR = ctx.steps.up_gradients(dys, s_TR, ctx.layout)
         ctx.steps.down_gradients(x_TI, ds_TR, ctx.layout)
+        dx_TI = None
+        if needs_x:
+            plain_OI = _plain(weight_OI, ctx.scales, ctx.layout.sizes, x_TI.dtype)
+            dx_TI = ctx.steps.input_gradient(dys, plain_OI, ds_TR, ctx.layout)
         return (
-            ctx.steps.input_gradient(dys, weight_OI, ds_TR, ctx.layout) if needs_x else None,
+            dx_TI,
             torch.cat([dy_TQ.T @ x_TI for dy_TQ in dys]) if needs_weight else None,
             torch.cat([dy_TQ.sum(dim=0) for dy_TQ in dys]) if needs_bias else None,
+            None,
             None,
             None,
             *[None] * ctx.num_factors,

@@ -6,6 +6,7 @@ which the ranks of an adapter's projections lie side by side too.
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,26 @@ class Layout:
             self.spans.append(Span(start, stop, numbers[identity], scale))
         self.columns = [_columns(pairs) for pairs in self.adapters]
         self.num_ranks = max((padded(columns[-1].stop) for columns in self.columns), default=0)
+
+    @cached_property
+    def runs(self) -> list[list[Span]]:
+        """Neighbouring spans of one length and scale; their adapters differ, but have ranks in the same columns."""
+        runs: list[list[Span]] = []
+        for span in self.spans:
+            if not (runs and self._continues(runs[-1], span)):
+                runs.append([])
+            runs[-1].append(span)
+        return runs
+
+    def _continues(self, run: Sequence[Span], span: Span) -> bool:
+        last = run[-1]
+        return (
+            span.start == last.stop
+            and span.stop - span.start == last.stop - last.start
+            and span.scale == last.scale
+            and self.columns[span.adapter] == self.columns[last.adapter]
+            and all(span.adapter != other.adapter for other in run)
+        )
 
     @property
     def factors(self) -> list[Tensor]:

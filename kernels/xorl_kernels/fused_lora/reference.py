@@ -1,7 +1,7 @@
 """The plain PyTorch twin of the fused LoRA steps; also the CPU path.
 
-T: tokens; S: those of one span; I, O: inputs and outputs; Q: outputs of one projection; R: ranks side by side, as in
-layout.py.
+T: tokens; N: the spans of one run, which are computed as one batch; S: tokens of one span; I, O: inputs and outputs;
+Q: outputs of one projection; R: ranks side by side, as in layout.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,39 +16,37 @@ from xorl_kernels.fused_lora.layout import Layout, Pair, Span, gradient_of, padd
 def shrink(x_TI: Tensor, layout: Layout) -> Tensor:
     """s = scale · x Aᵀ of each span's adapter, [T, R]; 0 where there is none."""
     s_TR = x_TI.new_zeros(len(x_TI), layout.num_ranks)
-    for start, stop, adapter, scale in layout.spans:
-        a_RI = _stacked(layout.adapters[adapter], x_TI.dtype)
-        s_TR[start:stop, : len(a_RI)] = F.linear(x_TI[start:stop], a_RI) * scale
+    for run in layout.runs:
+        a_NRI = _stacked_a(run, layout, x_TI.dtype)
+        _of_run(s_TR[:, : a_NRI.shape[1]], run).copy_((_of_run(x_TI, run) @ a_NRI.mT) * run[0].scale)
     return s_TR
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, s_TR: Tensor, layout: Layout) -> Tensor:
     """y = x Wᵀ + b + s Bᵀ, [T, O]."""
     y_TO = F.linear(x_TI, weight_OI, bias_O)
-    for span, p, pair, ranks in _products(layout):
-        tokens, outputs = slice(span.start, span.stop), slice(*layout.outputs[p : p + 2])
-        y_TO[tokens, outputs].addmm_(s_TR[tokens, ranks], pair.b_OR.to(x_TI.dtype).T)
+    for run, p, pairs, ranks in _products(layout):
+        b_NQR = _stacked([pair.b_OR for pair in pairs], x_TI.dtype)
+        outputs = slice(*layout.outputs[p : p + 2])
+        _of_run(y_TO[:, outputs], run).baddbmm_(_of_run(s_TR[:, ranks], run), b_NQR.mT)
     return y_TO
 
 
 def up_gradients(dys: Sequence[Tensor], s_TR: Tensor, layout: Layout) -> Tensor:
     """ds = scale · dy B, [T, R]; adds dB = dyᵀ s. `dys` has [T, Q] for each projection."""
     ds_TR = torch.zeros_like(s_TR)
-    for span, p, pair, ranks in _products(layout):
-        tokens = slice(span.start, span.stop)
-        dy_SQ = dys[p][tokens]
-        ds_TR[tokens, ranks] = (dy_SQ @ pair.b_OR.to(dy_SQ.dtype)) * span.scale
-        if (db_QR := gradient_of(pair.b_OR)) is not None:
-            db_QR.addmm_(dy_SQ.T.float(), s_TR[tokens, ranks].float())
+    for run, p, pairs, ranks in _products(layout):
+        dy_NSQ = _of_run(dys[p], run)
+        b_NQR = _stacked([pair.b_OR for pair in pairs], dy_NSQ.dtype)
+        _of_run(ds_TR[:, ranks], run).copy_((dy_NSQ @ b_NQR) * run[0].scale)
+        _add_products([pair.b_OR for pair in pairs], dy_NSQ, _of_run(s_TR[:, ranks], run))
     return ds_TR
 
 
 def down_gradients(x_TI: Tensor, ds_TR: Tensor, layout: Layout) -> None:
     """Adds dA = dsᵀ x."""
-    for span, _, pair, ranks in _products(layout):
-        tokens = slice(span.start, span.stop)
-        if (da_RI := gradient_of(pair.a_RI)) is not None:
-            da_RI.addmm_(ds_TR[tokens, ranks].T.float(), x_TI[tokens].float())
+    for run, _, pairs, ranks in _products(layout):
+        _add_products([pair.a_RI for pair in pairs], _of_run(ds_TR[:, ranks], run), _of_run(x_TI, run))
 
 
 def input_gradient(dys: Sequence[Tensor], weight_OI: Tensor, ds_TR: Tensor, layout: Layout) -> Tensor:
@@ -56,22 +54,52 @@ def input_gradient(dys: Sequence[Tensor], weight_OI: Tensor, ds_TR: Tensor, layo
     dx_TI, *others = (dy_TQ @ w_QI for dy_TQ, w_QI in zip(dys, weight_OI.split(layout.sizes), strict=True))
     for other_TI in others:
         dx_TI += other_TI
-    for start, stop, adapter, _ in layout.spans:
-        a_RI = _stacked(layout.adapters[adapter], dx_TI.dtype)
-        dx_TI[start:stop].addmm_(ds_TR[start:stop, : len(a_RI)], a_RI)
+    for run in layout.runs:
+        a_NRI = _stacked_a(run, layout, dx_TI.dtype)
+        _of_run(dx_TI, run).baddbmm_(_of_run(ds_TR[:, : a_NRI.shape[1]], run), a_NRI)
     return dx_TI
 
 
-def _products(layout: Layout) -> Iterator[tuple[Span, int, Pair, slice]]:
-    """Each span with each projection that its adapter changes, and the columns of the ranks that do."""
-    for span in layout.spans:
-        members = zip(layout.adapters[span.adapter], layout.columns[span.adapter], strict=True)
-        for p, (pair, ranks) in enumerate(members):
-            if pair is not None:
-                yield span, p, pair, ranks
+def _of_run(x: Tensor, run: Sequence[Span]) -> Tensor:
+    """[T, ...] -> [N, S, ...], a view."""
+    return x[run[0].start : run[-1].stop].unflatten(0, (len(run), -1))
 
 
-def _stacked(pairs: Sequence[Pair | None], dtype: torch.dtype) -> Tensor:
-    """The A of each pair below the other, with zeros between them as in s."""
-    factors = [pair.a_RI for pair in pairs if pair is not None]
-    return torch.cat([F.pad(a_RI, (0, 0, 0, padded(len(a_RI)) - len(a_RI))) for a_RI in factors]).to(dtype)
+def _products(layout: Layout) -> Iterator[tuple[list[Span], int, list[Pair], slice]]:
+    """Each run with each projection that its adapters change, and the columns of the ranks that do."""
+    for run in layout.runs:
+        for p, ranks in enumerate(layout.columns[run[0].adapter]):
+            if pairs := _pairs(run, p, layout):
+                yield run, p, pairs, ranks
+
+
+def _pairs(run: Sequence[Span], p: int, layout: Layout) -> list[Pair]:
+    """Of each span; none at all where the adapters leave the projection alone."""
+    return [pair for span in run if (pair := layout.adapters[span.adapter][p]) is not None]
+
+
+def _stacked(factors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack(factors).to(dtype) if len(factors) > 1 else factors[0][None].to(dtype)
+
+
+def _stacked_a(run: Sequence[Span], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """[N, R, I], the A of an adapter's pairs below the other, with zeros between them as in s."""
+    of_projections = []
+    for p in range(len(layout.sizes)):
+        if pairs := _pairs(run, p, layout):
+            a_NRI = _stacked([pair.a_RI for pair in pairs], dtype)
+            rank = a_NRI.shape[1]
+            of_projections.append(F.pad(a_NRI, (0, 0, 0, padded(rank) - rank)))
+    return torch.cat(of_projections, dim=1)
+
+
+def _add_products(factors: Sequence[Tensor], left_NSR: Tensor, right_NSI: Tensor) -> None:
+    """Adds leftᵀ right of each span to the gradient of its factor."""
+    gradients = [gradient_of(factor) for factor in factors]
+    if len(gradients) == 1 and gradients[0] is not None:
+        gradients[0].addmm_(left_NSR[0].T.float(), right_NSI[0].float())
+        return
+    products = (left_NSR.mT.float() @ right_NSI.float()).unbind()
+    trained = [(g, product) for g, product in zip(gradients, products, strict=True) if g is not None]
+    if trained:
+        torch._foreach_add_([g for g, _ in trained], [product for _, product in trained])

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from xorl.engine.commands import SyncReport, SyncWeights
 from xorl.errors import InvalidRequest, UnknownId, XorlError
+from xorl.quantization import Fp8, read_fp8
 from xorl.server import schema_inference as wire
 from xorl.server.checkpoints import parse
 from xorl.server.endpoints import sync_target
@@ -14,8 +15,6 @@ from xorl.server.models import DEFAULT
 from xorl.server.plane import ControlPlane, Plane
 from xorl.server.requests import StrictRoute
 from xorl.server.store import Sampler
-
-FP8_BLOCK = [128, 128]
 
 router = APIRouter(tags=["inference"], route_class=StrictRoute)
 
@@ -74,7 +73,7 @@ async def _sync(plane: ControlPlane, body: wire.SyncRequest) -> wire.SyncRespons
         cache_mode=body.cache_invalidation_mode,
         pause_mode=body.pause_mode,
         weight_version=body.weight_version,
-        quantization=check_quantization(body.quantization) or plane.endpoints.quantization,
+        quantization=_fp8(body.quantization) or plane.endpoints.quantization,
     )
     try:
         report = await plane.models.send(model, command)
@@ -107,23 +106,17 @@ def _sync_response(report: SyncReport) -> wire.SyncResponse:
 
 @router.post("/api/v1/set_sync_quantization")
 async def set_sync_quantization(body: wire.QuantizationRequest, plane: Plane) -> wire.QuantizationResponse:
-    """Set what later syncs send where they do not say: FP8 in blocks, or null for the model's own dtype."""
-    plane.endpoints.quantization = check_quantization(body.quantization)
-    message = "weights are sent in the model's dtype"
-    if body.quantization is not None:
-        message = "stored; FP8 sync is not available yet, so that a sync is refused until this is null"
+    """Set what later syncs send where they do not say; null leaves it to each endpoint's model config."""
+    plane.endpoints.quantization = fp8 = _fp8(body.quantization)
+    message = "weights are sent as each endpoint serves them"
+    if fp8 is not None:
+        message = f"linear layers are sent as FP8 with a scale a {fp8.form}; who serves others refuses them"
     return wire.QuantizationResponse(quantization=body.quantization, message=message)
 
 
-def check_quantization(quantization: wire.Quantization | None) -> wire.Quantization | None:
-    if quantization is None:
-        return None
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size", FP8_BLOCK)
-    if method != "fp8":
-        raise InvalidRequest(f"quantization.quant_method: {method!r} is not supported, only 'fp8'")
-    if block != FP8_BLOCK:
-        raise InvalidRequest(f"quantization.weight_block_size: {block} is not supported, only {FP8_BLOCK}")
-    return quantization
+def _fp8(quantization: wire.Quantization | None) -> Fp8 | None:
+    """In 128 × 128 blocks unless it says otherwise."""
+    return None if quantization is None else read_fp8({"strategy": "block"} | quantization)
 
 
 @router.post("/api/v1/create_sampling_session")
