@@ -118,6 +118,7 @@ class Engine:
             RankDivergence: a command failed on some ranks only.
         """
         outcomes = dict(prepared.refused)
+        self.base.ranks.refuse_difference([n in outcomes for n in range(len(prepared.commands))])
         if prepared.packed and not self._asleep:
             outcomes |= self.forward.compute(prepared.packed)
         failed: list[bool] = []

@@ -117,7 +117,8 @@ class SharedForward:
         the requests run one by one, so that the one to blame fails alone. What fails on one rank fails on all.
 
         Raises:
-            RankDivergence: the base is sharded and this rank failed, while the others wait for its part.
+            RankDivergence: the base is sharded and this rank failed, while the others wait for its part; or only some
+                ranks have the models.
         """
         models, outcomes = self._find_models(packed.requests)
         if outcomes:
@@ -141,9 +142,10 @@ class SharedForward:
                 models[number] = self._models[request.model_id]
             except XorlError as error:
                 failures[number] = failure(error)
+        self._ranks.refuse_difference([number in models for number in requests])
         return models, failures
 
-    def _attempt(self, packed: Packed, models: Mapping[int, TrainedModel]) -> "Ran | Exception":
+    def _attempt(self, packed: Packed, models: Mapping[int, TrainedModel]) -> Ran | Exception:
         try:
             packed.wait()
             return self._run(packed, models)
@@ -169,7 +171,7 @@ class SharedForward:
             outcomes |= self.compute(self.prepare({number: request}, packed.max_tokens))
         return outcomes
 
-    def _run(self, packed: Packed, models: Mapping[int, TrainedModel]) -> "Ran":
+    def _run(self, packed: Packed, models: Mapping[int, TrainedModel]) -> Ran:
         running = {
             number: Running(
                 model, model.new_gradient() if isinstance(packed.requests[number], ForwardBackward) else None
@@ -181,7 +183,7 @@ class SharedForward:
         arriving = [self._run_metered(batch, running, num_bad_N, sequences) for batch, sequences in packed.batches]
         return Ran(running, num_bad_N, arriving)
 
-    def _keep(self, packed: Packed, ran: "Ran") -> Outputs:
+    def _keep(self, packed: Packed, ran: Ran) -> Outputs:
         """Add the gradients to their models', where no rank has seen a token without one."""
         self._ranks.sum([ran.num_bad_N])
         for number, (model, gradient) in ran.running.items():

@@ -47,9 +47,11 @@ def shard(network: PreTrainedModel, dtype: torch.dtype, ranks: Ranks, device: to
     whole = set(body.parameters()) - set(layers.parameters())
     fully_shard(body, mesh=mesh, reshard_after_forward=True, mp_policy=precision, ignored_params=whole)
     for module in body.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule):  # sums, and not of what gloo cannot scale
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     nn.Module.to(network, device)
+    network.enable_input_require_grads()  # so that every backward passes through all layers, on all ranks
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -125,6 +125,8 @@ class ManyRanks:
         Raises:
             RankDivergence: the ranks do not agree on `facts`, as many on each.
         """
+        if not facts:
+            return
         both = torch.tensor([*facts, *(-fact for fact in facts)], dtype=torch.int64)
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self.host_group)
         highest, lowest = both.chunk(2)
