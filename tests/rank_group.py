@@ -1,18 +1,17 @@
-"""Engines of several ranks, in processes that tests share, since to import torch takes the time."""
+"""Engines of several ranks, each in a process of its own."""
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from builders import config_for
 from processes import free_port
@@ -27,38 +26,28 @@ Outcome = AnyResult | Exception
 
 
 class Pool:
-    """Processes of which each can be a rank of one engine after another."""
+    """Starts ranks as forks of a process that has imported everything and done nothing yet."""
 
     def __init__(self) -> None:
-        self._connections: dict[int, list[Connection]] = {}
-        self._processes: list[SpawnProcess] = []
-
-    def _of(self, size: int) -> list[Connection]:
-        """Those of one size stay together: torch numbers the groups that a process has been in."""
-        if size not in self._connections:
-            context = multiprocessing.get_context("spawn")
-            pipes = [context.Pipe() for _ in range(size)]
-            self._connections[size] = [ours for ours, _ in pipes]
-            started = [context.Process(target=_work, args=[theirs], daemon=True) for _, theirs in pipes]
-            for process in started:
-                process.start()
-            self._processes += started
-        return self._connections[size]
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["rank_group"])
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # by which it finds this module
 
     @contextmanager
     def engine(self, size: int, directory: Path, **settings: object) -> Iterator["Group"]:
         """An engine of `size` ranks, by its settings."""
-        group = Group(self._of(size))
-        group.each(_begin, [(rank, size, group.port, directory, settings) for rank in range(size)])
+        pipes = [self._context.Pipe() for _ in range(size)]
+        processes = [self._context.Process(target=_work, args=[theirs], daemon=True) for _, theirs in pipes]
+        for process in processes:
+            process.start()
+        group = Group([ours for ours, _ in pipes])
         try:
+            group.each(_begin, [(rank, size, group.port, directory, settings) for rank in range(size)])
             yield group
         finally:
-            group.all(_end)
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.terminate()
-            process.join()
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 class Group:
@@ -138,12 +127,6 @@ def _begin(own: _Rank, rank: int, size: int, port: int, directory: Path, setting
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     own.engine = Engine(config_for(**settings), directory / f"evicted-{rank}", join())
-
-
-def _end(own: _Rank) -> None:
-    own.engine = None
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _step(own: _Rank, *commands: AnyCommand) -> list[Outcome]:

@@ -1,6 +1,5 @@
 """Ranks on this machine's CPU, over gloo."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,8 @@ from tiny import save_tiny_model
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
+def pool() -> Pool:
+    return Pool()
 
 
 @pytest.fixture(scope="session")
