@@ -16,7 +16,7 @@ from bench.harness import Options, compare, report
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["engine", "fp8_quantize", "fused_lora", "logprobs"]
+NAMES = ["control_plane", "engine", "fp8_quantize", "fused_lora", "logprobs"]
 """Those that take --small; each has a main(arguments)."""
 
 

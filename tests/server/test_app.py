@@ -90,6 +90,36 @@ async def test_a_body_has_a_bound(serve):
             assert "larger than" in response.json()["detail"]
 
 
+@pytest.mark.parametrize(("declared", "most_taken"), [(None, 65), (65 * 2**20, 0)])
+async def test_a_body_beyond_the_bound_is_not_read_whole(serve, declared: int | None, most_taken: int):
+    taken = 0
+
+    async def pieces():
+        nonlocal taken
+        for taken in range(1, 1000):  # noqa: B007
+            yield b" " * 2**20
+
+    async with serve(max_body_mb=64) as server:
+        headers = {"content-type": "application/json"} | ({"content-length": str(declared)} if declared else {})
+        for path in ("/api/v1/forward_backward", "/api/v1/save_weights"):
+            taken = 0
+            response = await server.http.post(path, content=pieces(), headers=headers)
+            assert response.status_code == 413
+            assert taken <= most_taken
+
+
+async def test_what_is_not_declared_as_json_is_refused(server: Server):
+    for content_type in ("text/plain", "", "application/x-www-form-urlencoded"):
+        headers = {"content-type": content_type}
+        for call in ("optim_step", "save_weights"):
+            response = await server.http.post(f"/api/v1/{call}", content=b"{}", headers=headers)
+            assert response.status_code == 400
+            assert response.json()["detail"].startswith("body: ")
+    for content_type in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json"):
+        response = await server.http.post("/api/v1/optim_step", content=b"{}", headers={"content-type": content_type})
+        assert response.status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status", "detail"),
     [

@@ -154,9 +154,10 @@ async def test_an_engine_that_ends_fails_what_it_had(serve):
 async def test_a_full_queue_refuses_before_it_accepts(server: Server):
     server.engine.gate.clear()
     server.engine.max_queued = 2
-    await server.post("/api/v1/optim_step", {"seq_id": 1})
+    ref = await server.post("/api/v1/optim_step", {"seq_id": 1})
     assert "waiting" in await server.refused("optim_step", {"seq_id": 2}, 429)
     server.engine.gate.set()
+    await server.retrieve(ref["request_id"])
     assert "metrics" in await server.do("optim_step", {"seq_id": 2})
 
 

@@ -1,11 +1,13 @@
 """Creating, unloading and killing models; repeats of requests."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from inprocess import Server
 from xorl.engine.commands import CreateModel, OptimStep, SaveWeights, UnloadModel
+from xorl.server.store import Run, Store
 from xorl.types import LORA_PROJECTIONS, LoraSpec
 
 pytestmark = pytest.mark.anyio
@@ -275,3 +277,17 @@ async def test_two_creations_at_once_are_one(server: Server):
     results = await asyncio.gather(*(server.retrieve(ref["request_id"]) for ref in refs))
     assert results == [{"model_id": "m", "type": "create_model"}] * 2
     assert len(server.engine.sent(CreateModel)) == 1
+
+
+def test_the_time_of_a_request_is_known_at_once_and_kept_over_a_restart(tmp_path: Path):
+    store = Store(tmp_path / "xorl.db")
+    for model_id in ("a", "b"):
+        store.put_run(Run(model_id, None, "base", 8, 0.0, None))
+    for model_id in ("b", "a"):  # the second within the time that is not written at once
+        store.touch_run(model_id)
+        assert [run.model_id for run in store.runs(limit=9, offset=0)] == ([model_id, *{"a", "b"} - {model_id}])
+    store.touch_run("b")
+    store.close()
+    again = Store(tmp_path / "xorl.db")
+    assert [run.model_id for run in again.runs(limit=9, offset=0)] == ["b", "a"]
+    again.close()

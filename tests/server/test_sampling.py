@@ -78,8 +78,7 @@ class FakeSglang:
 
 @contextlib.asynccontextmanager
 async def listening(sglang: FakeSglang) -> AsyncIterator[int]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects before it serves waits, and isn't refused
         http = uvicorn.Server(uvicorn.Config(sglang.app, log_level="critical", lifespan="off"))
         task = asyncio.create_task(http.serve([listener]))
         yield listener.getsockname()[1]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from inprocess import Server
+from xorl.engine.commands import ForwardBackward
 
 pytestmark = pytest.mark.anyio
 
@@ -56,8 +57,6 @@ async def test_supervised_step_as_the_client_sends_it(server: Server):
 
 
 async def test_json_divides_by_tokens_at_the_step(server: Server):
-    from xorl.engine.commands import ForwardBackward
-
     await server.do("forward_backward", supervised(datum([1, 2], [2, 3])))
     assert server.engine.sent(ForwardBackward)[0].token_mean
 
@@ -82,8 +81,6 @@ async def test_labels_are_shifted(server: Server):
     ],
 )
 async def test_every_spelling_of_model_input_means_the_same(server: Server, model_input: dict):
-    from xorl.engine.commands import ForwardBackward
-
     body = supervised({"model_input": model_input, "loss_fn_inputs": {"target_tokens": [9, 2, 7.0]}})
     await server.do("forward_backward", body)
     (command,) = server.engine.sent(ForwardBackward)
@@ -107,6 +104,28 @@ async def test_soft_targets_of_different_width_come_back_in_theirs(server: Serve
     assert hard["elementwise_loss"]["data"] == [5.0, 3.0, 3.0]
 
 
+async def test_long_lists_mean_what_short_ones_do(server: Server):
+    """Long enough for the reader that makes arrays of them."""
+    num_tokens, targets = 60, [7 * i % 100 for i in range(60)]
+    values = [-i / 7 for i in range(num_tokens)]
+    tensors = [values, tensor(values), [[value] for value in values], tensor(values, shape=[num_tokens, 1])]
+    for spelling in tensors:
+        body = rl("ppo", logprobs=spelling, advantages=spelling)
+        body["forward_backward_input"]["data"] = [
+            datum(targets, targets, **{"logprobs": spelling, "advantages": spelling, "unknown": ["text"] * 50})
+        ] * 3
+        await server.do("forward_backward", body)
+    commands = server.engine.sent(ForwardBackward)
+    assert len(commands) == len(tensors)
+    assert all(command.datums == commands[0].datums for command in commands)
+    columns = {"tokens": np.int32, "targets": np.int32}
+    for name, dtype in columns.items():
+        assert np.frombuffer(getattr(commands[0].datums, name), dtype).tolist() == targets * 3
+    assert np.frombuffer(commands[0].datums.loss_inputs["advantages"], np.float32).tolist() == [
+        float(np.float32(value)) for value in values * 3
+    ]
+
+
 async def test_forward_leaves_the_gradient_alone(server: Server):
     await server.do("forward", {"forward_input": {"data": [datum([1, 2], [2, 3])]}})
     assert (await server.do("optim_step", {"learning_rate": 0.1}))["metrics"]["grad_norm"] == 0
@@ -123,7 +142,6 @@ async def test_rl_losses_need_logprobs_and_advantages(server: Server, name: str)
 
 
 async def test_options_reach_the_loss(server: Server):
-    from xorl.engine.commands import ForwardBackward
     from xorl.types import DrGrpo, Ppo
 
     await server.do("forward_backward", rl("ppo", {"clip_low_threshold": 0.9, "compute_kl_stats": 1.0}))

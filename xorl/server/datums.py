@@ -5,7 +5,7 @@ N: datums; T: tokens of all of them, or of one in functions about one; K: candid
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,14 +80,22 @@ def prompt_tokens(model_input: ModelInput, where: str) -> np.ndarray:
 def array(value: TensorLike, where: str) -> np.ndarray:
     """A wire tensor as float64, which holds every token id exactly."""
     data, shape = (value.data, value.shape) if isinstance(value, Tensor) else (value, None)
-    if data and isinstance(data[0], list):
-        if any(not isinstance(row, list) or len(row) != len(data[0]) for row in data):
+    if len(data) and isinstance(data[0], list | np.ndarray):
+        if any(not isinstance(row, list | np.ndarray) or len(row) != len(data[0]) for row in data):
             raise InvalidRequest(f"{where}: the rows of a nested list must be lists of one length")
-        shape, data = shape or [len(data), len(data[0])], [number for row in data for number in row]
+        flat = np.concatenate([_numbers(row, where) for row in data])
+        return shaped(flat, shape or [len(data), len(data[0])], where)
+    return shaped(_numbers(data, where), shape, where)
+
+
+def _numbers(data: list[Any] | np.ndarray, where: str) -> np.ndarray:
+    if isinstance(data, np.ndarray):
+        return data
     kinds = set(map(type, data)) - {int, float}
     if kinds:
-        raise InvalidRequest(f"{where}: expected numbers, found {', '.join(sorted(k.__name__ for k in kinds))}")
-    return shaped(np.asarray(data, dtype=np.float64), shape, where)
+        names = sorted("list" if kind is np.ndarray else kind.__name__ for kind in kinds)
+        raise InvalidRequest(f"{where}: expected numbers, found {', '.join(names)}")
+    return np.asarray(data, dtype=np.float64)
 
 
 def shaped(flat: np.ndarray, shape: Sequence[int] | None, where: str) -> np.ndarray:

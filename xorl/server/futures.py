@@ -87,8 +87,9 @@ class Futures:
             if request_id in self._expired:
                 return Failure(f"the result of {request_id} has expired", "server")
             raise UnknownId(f"request_id {request_id} not found")
-        done, _ = await asyncio.wait({entry.task}, timeout=self._hold_s)
-        if not done:
+        if not entry.task.done():
+            await asyncio.wait({entry.task}, timeout=self._hold_s)
+        if not entry.task.done():
             return Pending()
         if entry.delivered is None:
             entry.delivered = self._clock()

@@ -1,7 +1,6 @@
 """Holds the parts of the control plane together for the routes."""
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from xorl.server.endpoints import Endpoints
 from xorl.server.futures import Futures
 from xorl.server.metrics import Metrics
 from xorl.server.models import Engine, Model, Models
+from xorl.server.requests import StrictRequest
 from xorl.server.sampling import Sampling
 from xorl.server.schema import FutureRef
 from xorl.server.store import Store
@@ -59,9 +59,13 @@ def of(request: Request) -> ControlPlane:
     return request.app.state.plane
 
 
-async def digest(request: Request) -> bytes:
-    """What makes two requests the same: the call and the bytes of the body."""
-    return hashlib.sha256(request.url.path.encode() + b"\n" + await request.body()).digest()
+async def _plane(request: Request) -> ControlPlane:  # async, or FastAPI would run it in a thread
+    return of(request)
+
+
+async def _digest(request: Request) -> bytes:
+    assert isinstance(request, StrictRequest)
+    return (await request.read()).digest
 
 
 async def then(future: asyncio.Future[AnyResult], form: Callable[[AnyResult], Answer]) -> Answer:
@@ -69,5 +73,5 @@ async def then(future: asyncio.Future[AnyResult], form: Callable[[AnyResult], An
     return form(await future)
 
 
-Plane = Annotated[ControlPlane, Depends(of)]
-Digest = Annotated[bytes, Depends(digest)]
+Plane = Annotated[ControlPlane, Depends(_plane)]
+Digest = Annotated[bytes, Depends(_digest)]

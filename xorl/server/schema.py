@@ -1,11 +1,13 @@
 """Gives every request and response of the API its shape on the wire.
 
-Unknown keys are dropped. The long arrays of forward and forward_backward stay plain lists here; `datums` checks them.
+Unknown keys are dropped. The long lists of forward and forward_backward come as arrays; `datums` checks the numbers.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, WithJsonSchema
+import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 MODEL_ID_PATTERN = r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,127}(:train:[0-9]{1,9})?$"
 
@@ -14,7 +16,19 @@ SessionId = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_-]{0,127}$")]
 SeqId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TtlSeconds = Annotated[int, Field(gt=0, le=10 * 366 * 24 * 3600)]
-Numbers = Annotated[list[Any], WithJsonSchema({"type": "array", "items": {"type": "number"}})]
+
+
+def _listed(value: object) -> list[Any] | np.ndarray:
+    if isinstance(value, list | np.ndarray):
+        return value
+    raise PydanticCustomError("list_type", "Input should be a valid list")
+
+
+Numbers = Annotated[
+    list[Any] | np.ndarray,
+    PlainValidator(_listed),
+    WithJsonSchema({"type": "array", "items": {"type": "number"}}),
+]
 
 
 class Wire(BaseModel):

@@ -19,6 +19,9 @@ CREATE TABLE IF NOT EXISTS samplers (
 CREATE TABLE IF NOT EXISTS expiries (directory TEXT PRIMARY KEY, expires_at REAL NOT NULL);
 """
 
+FLUSH_INTERVAL_S = 1.0
+"""So much of what was noted of a run's last request may be lost in a crash."""
+
 
 class Run(NamedTuple):
     model_id: str
@@ -45,8 +48,11 @@ class Store:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(SCHEMA)
+        self._touched: dict[str, float] = {}
+        self._next_flush = 0.0
 
     def close(self) -> None:
+        self._flush()
         self._db.close()
 
     def put_run(self, run: Run) -> None:
@@ -54,15 +60,27 @@ class Store:
         self._db.execute("REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?)", (*run[:5], metadata))
 
     def touch_run(self, model_id: str) -> None:
+        """Note the time of a request: at once for who asks here, soon on disk."""
+        now = time.time()
+        self._touched[model_id] = now
+        if now >= self._next_flush:
+            self._next_flush = now + FLUSH_INTERVAL_S
+            self._flush()
+
+    def _flush(self) -> None:
         with contextlib.suppress(sqlite3.OperationalError):  # a full disk keeps a time from being noted, not training
-            self._db.execute("UPDATE runs SET last_request = ? WHERE model_id = ?", (time.time(), model_id))
+            times = [(when, model_id) for model_id, when in self._touched.items()]
+            self._db.executemany("UPDATE runs SET last_request = ? WHERE model_id = ?", times)
+            self._touched.clear()
 
     def run(self, model_id: str) -> Run | None:
+        self._flush()
         row = self._db.execute("SELECT * FROM runs WHERE model_id = ?", (model_id,)).fetchone()
         return _run(row) if row else None
 
     def runs(self, limit: int, offset: int) -> list[Run]:
         """Latest request first."""
+        self._flush()
         rows = self._db.execute("SELECT * FROM runs ORDER BY last_request DESC LIMIT ? OFFSET ?", (limit, offset))
         return [_run(row) for row in rows]
 

@@ -115,7 +115,7 @@ def _add_field(message: descriptor_pb2.DescriptorProto, number: int, name: str, 
 _CLASSES: dict[str, Any] = _build()
 
 
-def decompress(body: bytes, max_bytes: int) -> bytes:
+def decompress(body: bytearray, max_bytes: int) -> bytes:
     """Undo `Content-Encoding: zstd`, never producing more than `max_bytes`."""
     try:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body) as reader:
@@ -127,7 +127,7 @@ def decompress(body: bytes, max_bytes: int) -> bytes:
     return plain
 
 
-def decode_forward_backward(body: bytes) -> ForwardBackwardMessage:
+def decode_forward_backward(body: bytes | bytearray) -> ForwardBackwardMessage:
     message = _CLASSES["ForwardBackwardRequest"]()
     try:
         message.ParseFromString(body)

@@ -1,11 +1,12 @@
 """Serves the training calls: forward, forward_backward, optim_step, and the results of all calls."""
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 from starlette.types import Scope
@@ -18,36 +19,45 @@ from xorl.server.datums import Columns
 from xorl.server.futures import Failure, Pending
 from xorl.server.losses import parse_loss
 from xorl.server.models import Model
-from xorl.server.plane import ControlPlane, Digest, Plane, digest, of, then
-from xorl.server.requests import StrictRequest, StrictRoute, bounded_body
+from xorl.server.plane import ControlPlane, of, then
+from xorl.server.requests import DirectRoute, StrictRequest
 from xorl.types import AdamParams, AnyLoss
 
 PROTOBUF = "application/x-protobuf"
 
-router = APIRouter(prefix="/api/v1", tags=["training"], route_class=StrictRoute)
+router = APIRouter(prefix="/api/v1", tags=["training"], route_class=DirectRoute)
 
 
 @router.post("/forward_backward")
-async def forward_backward(body: schema.ForwardBackwardRequest, plane: Plane, content: Digest) -> schema.FutureRef:
+async def forward_backward(body: schema.ForwardBackwardRequest, request: StrictRequest) -> schema.FutureRef:
     """Add the gradient of a batch of datums; the next optim_step divides by their number of valid tokens."""
-    start = partial(_start_json, plane, body.forward_backward_input, backward=True)
-    return plane.submit(body.model_id, body.seq_id, content, start)
+    start = partial(_start_json, of(request), body.forward_backward_input, backward=True)
+    return await _submit(body, request, start)
 
 
 @router.post("/forward")
-async def forward(body: schema.ForwardRequest, plane: Plane, content: Digest) -> schema.FutureRef:
+async def forward(body: schema.ForwardRequest, request: StrictRequest) -> schema.FutureRef:
     """Log-probabilities and the loss, without a gradient."""
-    start = partial(_start_json, plane, body.forward_input, backward=False)
-    return plane.submit(body.model_id, body.seq_id, content, start)
+    start = partial(_start_json, of(request), body.forward_input, backward=False)
+    return await _submit(body, request, start)
+
+
+async def _submit(
+    body: schema.SequencedRequest, request: StrictRequest, start: Callable[[Model], Coroutine[Any, Any, Answer]]
+) -> schema.FutureRef:
+    content = (await request.read()).digest
+    return of(request).submit(body.model_id, body.seq_id, content, start)
 
 
 async def forward_backward_protobuf(request: Request) -> JSONResponse:
     """tinker's form of both calls, told apart by forward_only; its gradient is the plain sum."""
-    plane, strict = of(request), StrictRequest(request.scope, request.receive)
-    body = await bounded_body(strict)
+    plane = of(request)
+    content, digest = await StrictRequest(request.scope, request.receive).read()
     if request.headers.get("content-encoding", "identity") == "zstd":
-        body = tinker_proto.decompress(body, plane.config.http.max_body_mb * 2**20)
-    message = tinker_proto.decode_forward_backward(body)
+        plain = tinker_proto.decompress(content, plane.config.http.max_body_mb * 2**20)
+    else:
+        plain = content
+    message = tinker_proto.decode_forward_backward(plain)
 
     def start(model: Model) -> Coroutine[Any, Any, Answer]:
         loss = parse_loss(message.loss_fn, message.options)
@@ -55,8 +65,7 @@ async def forward_backward_protobuf(request: Request) -> JSONResponse:
         columns = datums.columns(examples, loss, plane.models.info)
         return _send(plane, model, columns, loss, backward=not message.forward_only, token_mean=False)
 
-    strict._body = body
-    ref = plane.submit(message.model_id, message.seq_id or None, await digest(strict), start)
+    ref = plane.submit(message.model_id, message.seq_id or None, digest, start)
     return JSONResponse(ref.model_dump())
 
 
@@ -64,10 +73,9 @@ class _ProtobufRoute(Route):
     """Matches by content type too, so that JSON and protobuf can share a path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        content_type = dict(scope.get("headers", ())).get(b"content-type", b"")
-        if not content_type.startswith(PROTOBUF.encode()):
-            return Match.NONE, {}
         match, child_scope = super().matches(scope)
+        if match == Match.NONE or not Headers(scope=scope).get("content-type", "").startswith(PROTOBUF):
+            return Match.NONE, {}
         return match, {**child_scope, "route": self}
 
 
@@ -104,14 +112,15 @@ def _send(
 
 
 @router.post("/optim_step")
-async def optim_step(body: schema.OptimStepRequest, plane: Plane, content: Digest) -> schema.FutureRef:
+async def optim_step(body: schema.OptimStepRequest, request: StrictRequest) -> schema.FutureRef:
     """One AdamW step with the gradient accumulated since the last one."""
+    plane = of(request)
 
     def start(model: Model) -> Coroutine[Any, Any, Answer]:
         command = OptimStep(model_id=model.model_id, adam=_adam_params(body, model.adam))
         return then(plane.models.send(model, command), _optim_answer)
 
-    return plane.submit(body.model_id, body.seq_id, content, start)
+    return await _submit(body, request, start)
 
 
 def _adam_params(body: schema.OptimStepRequest, session: AdamParams) -> AdamParams:
@@ -134,8 +143,9 @@ def _optim_answer(result: AnyResult) -> Answer:
 
 
 @router.post("/retrieve_future")
-async def retrieve_future(body: schema.RetrieveFutureRequest, plane: Plane, request: Request) -> Response:
+async def retrieve_future(body: schema.RetrieveFutureRequest, request: StrictRequest) -> Response:
     """Wait for a result: the result itself, `try_again` when it takes long, or `error` and `category`."""
+    plane = of(request)
     match await plane.futures.retrieve(body.request_id):
         case Pending():
             deep = plane.engine.num_queued > plane.config.http.max_queued // 2
