@@ -57,7 +57,7 @@ class EngineClient:
             end.setsockopt(zmq.LINGER, 0)
             end.bind(address)
         gpus = self._config.engine.gpus
-        own, *others = rank_environments(gpus) if gpus > 1 else [os.environ]
+        own, *others = rank_environments(gpus) if gpus > 1 else [dict(os.environ)]
         first = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "xorl.engine.loop", *addresses, self._spill_dir.name),
             stdin=asyncio.subprocess.PIPE,
