@@ -1,5 +1,6 @@
 """The command line: xorl serve | sampler | demo | doctor | sync-plan."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,14 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[Callable[...
 @click.option("--config", type=click.Path(path_type=Path, exists=True), help="a YAML file of settings")
 @_setting_options
 def serve(config: Path | None, **flags: Any) -> None:
-    """Serve a base model for training. Every flag is also an XORL_* variable and a setting of the YAML file."""
+    """Serve a base model for training. Every flag is also an XORL_* variable and a setting of the YAML file.
+
+    Under torchrun the first rank serves, and the others compute with it.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        from xorl.engine.follower import main as follow
+
+        return follow()
     try:
         settings_tree = load(flags, config)
     except ConfigError as error:

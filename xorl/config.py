@@ -50,6 +50,11 @@ class HttpConfig(Section):
 
 
 class EngineConfig(Section):
+    gpus: int = Field(1, ge=1, description="engine processes, one a GPU; on the CPU they meet over gloo")
+    shard: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="split the layers over the GPUs; auto: if they do not fit on each; one GPU has nothing to split",
+    )
     output_dir: Path = Field(Path("xorl-output"), description="checkpoints and the run database")
     max_batch_tokens: int = Field(8192, gt=0, description="tokens packed into one forward pass")
     logprob_chunk_tokens: int = Field(1024, gt=0, description="rows of logits that exist at a time")

@@ -46,7 +46,7 @@ def test_batches_carry_every_token_back_to_its_place(requests: list[tuple[list[i
     step = cohorts(commands)
     assert sorted(number for cohort in step for number in cohort.members) == list(commands)
     found = [torch.full_like(cohort.tokens_T, -1) for cohort in step]
-    for batch in pack(step, budget):
+    for batch in pack(step, budget)[0]:
         assert len(batch.tokens_T) <= budget or len(batch.lengths) == 1
         assert torch.equal(batch.tokens_T % 100, batch.places_T)
         for portion in batch.portions:
@@ -71,6 +71,6 @@ def test_requests_alike_share_one_loss() -> None:
     """A batch of many tenants with one loss costs its launches once."""
     one = datums([[1, 2, 3]])
     commands = {n: ForwardBackward(model_id=str(n), datums=one, loss=CrossEntropy(), token_mean=True) for n in range(9)}
-    (batch,) = pack(cohorts(commands), 100)
+    (batch,), _ = pack(cohorts(commands), 100)
     (portion,) = batch.portions
     assert [run.request for run in portion.runs] == list(range(9))

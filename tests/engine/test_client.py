@@ -100,7 +100,7 @@ def test_a_killed_engine_fails_what_waits_and_says_so(tiny_model: Path, tmp_path
             await engine.submit(CreateModel(model_id="m", lora=LoraSpec(rank=2)))
             data = datums(random_sequences(np.random.default_rng(0), (400,) * 64))
             future = engine.submit(Forward(model_id="m", datums=data, loss=CrossEntropy()))
-            engine._process.kill()
+            engine._processes[0].kill()
             with pytest.raises(EngineLost, match="exit code -9"):
                 await future
             assert engine.state == "dead"

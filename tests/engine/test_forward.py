@@ -9,13 +9,12 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from builders import datums, floats, random_sequences
+from builders import LOSSES, datums, floats, poisoned, random_sequences, request
 from xorl.engine.commands import (
     AnyCommand,
     AnyResult,
     CreateModel,
     Datums,
-    Forward,
     ForwardBackward,
     ForwardResult,
     OptimStep,
@@ -27,32 +26,14 @@ from xorl.types import (
     LORA_PROJECTIONS,
     UNEMBEDDING,
     AdamParams,
-    AnyLoss,
-    CausalLmLoss,
-    Cispo,
     CrossEntropy,
     DrGrpo,
-    Dro,
-    Gspo,
-    ImportanceSampling,
     LoraSpec,
-    PolicyLoss,
     Ppo,
 )
 
 NewEngine = Callable[..., Engine]
 ADAM = AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
-LOSSES: tuple[AnyLoss, ...] = (
-    CrossEntropy(),
-    CausalLmLoss(return_per_token=False),
-    ImportanceSampling(),
-    Ppo(clip_low_threshold=0.5),
-    Cispo(),
-    Dro(),
-    Gspo(),
-    PolicyLoss(use_tis=True, logprob_temperature=0.7),
-    DrGrpo(beta=0.1, ratio_type="sequence"),
-)
 
 
 def create(engine: Engine, model_ids: Sequence[str], **spec: Any) -> None:
@@ -65,26 +46,6 @@ def create(engine: Engine, model_ids: Sequence[str], **spec: Any) -> None:
         for name, parameter in engine.models[model_id].parameters.items():
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.05, generator=generator)
-
-
-def request(model_id: str, loss: AnyLoss, seed: int, *, backward: bool = True) -> Any:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 20, size=1 + seed % 4).tolist()
-    arrays = {name: [rng.normal(size=length) for length in lengths] for name in ("weights", "advantages")}
-    for name in ("logprobs", "rollout_logprobs", "ref_logprobs"):
-        arrays[name] = [-5 + rng.normal(size=length) for length in lengths]
-    wanted = {name: arrays[name] for name in (*loss.required, *loss.optional) if name in arrays}
-    data = datums(random_sequences(rng, lengths), **wanted)
-    if backward:
-        return ForwardBackward(model_id=model_id, datums=data, loss=loss, token_mean=bool(seed % 2))
-    return Forward(model_id=model_id, datums=data, loss=loss)
-
-
-def poisoned(model_id: str) -> ForwardBackward:
-    rng = np.random.default_rng(0)
-    arrays = {"logprobs": [np.zeros(4), np.full(6, -300.0)], "advantages": [np.ones(4), -np.ones(6)]}
-    data = datums(random_sequences(rng, (4, 6)), **arrays)
-    return ForwardBackward(model_id=model_id, datums=data, loss=Ppo(), token_mean=True)
 
 
 def step(engine: Engine, commands: Sequence[AnyCommand]) -> list[AnyResult | Exception]:

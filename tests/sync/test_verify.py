@@ -100,7 +100,7 @@ def test_codes_are_compared_by_the_weights_that_they_stand_for():
 
 
 def test_unknown_names_are_no_difference():
-    with pytest.raises(LookupError, match=r"model\.embed_tokens\.weight"):
+    with pytest.raises(LookupError, match=r"^model\."):
         expected(SGLANG, network("dense")).difference({"transformer.wte.weight": "0" * 16})
 
 

@@ -18,6 +18,8 @@ from torch.optim.adamw import adamw
 
 from xorl.engine.lora import Adapter, Pair, init_pairs, layer_shapes
 from xorl.engine.model import BaseModel
+from xorl.engine.parallel import is_sharded, local, parted_like
+from xorl.engine.ranks import Ranks
 from xorl.errors import InvalidRequest, StorageFull, UnknownId
 from xorl.types import AdamParams, LoraSpec
 
@@ -50,9 +52,10 @@ class TrainedModel:
         self.spec = spec
         self.parameters = dict(parameters)
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._weights = list(parameters.values())
+        self._weights = [local(parameter) for parameter in parameters.values()]
+        self._sharded = [is_sharded(parameter) for parameter in parameters.values()]
         if spec is not None:
-            self._weights = [torch.cat([parameter.detach().flatten() for parameter in parameters.values()])]
+            self._weights, self._sharded = [torch.cat([weight.detach().flatten() for weight in self._weights])], [False]
         self.reset()
         self.bind()
 
@@ -85,8 +88,8 @@ class TrainedModel:
     def new_gradient(self) -> Gradient:
         """Zeros for the backward of one request. Full weights have one at a time: it goes to the network's .grad."""
         if self.spec is None:
-            for weight in self._weights:
-                weight.grad = None
+            for parameter in self.parameters.values():
+                parameter.grad = None
             return Gradient([], {})
         gradient, self._spare = self._spare or self._new_leaves(), None
         gradient.tensors[0].zero_()
@@ -108,7 +111,7 @@ class TrainedModel:
             num_mean_tokens: its valid tokens if it asks for a token mean, else 0.
         """
         if self.spec is None:
-            gradient = Gradient([_taken_gradient(weight) for weight in self._weights], {})
+            gradient = Gradient([_taken_gradient(parameter) for parameter in self.parameters.values()], {})
         for tensor in gradient.tensors:
             tensor.masked_fill_(~finite, 0)
         self.num_requests = self.num_requests + finite
@@ -123,8 +126,8 @@ class TrainedModel:
         """The accumulated gradient by name; empty if there is none."""
         return self._named(self.gradient.tensors) if self.gradient else {}
 
-    def optim_step(self, adam: AdamParams) -> Tensor:
-        """One AdamW step on the accumulated gradient, which it uses up.
+    def optim_step(self, adam: AdamParams, ranks: Ranks) -> Tensor:
+        """One AdamW step on the gradient that all ranks have accumulated, which it uses up.
 
         The weights stay as they are if that gradient is NaN or infinite, or no request is in it.
 
@@ -134,12 +137,25 @@ class TrainedModel:
         gradient, num_requests, num_mean_tokens = self.gradient, self.num_requests, self.num_mean_tokens
         norm = torch.zeros_like(self._steps[0])
         if gradient is not None:
-            norm, factor = _clipped(gradient.tensors, num_mean_tokens, adam.grad_clip_norm)
+            norm, factor = _clipped(self._summed_norm(gradient.tensors, ranks), num_mean_tokens, adam.grad_clip_norm)
             torch._foreach_mul_(gradient.tensors, factor)
             self._adamw(gradient.tensors, adam, skip=~norm.isfinite() | (num_requests == 0))
             self._spare = gradient if gradient.adapter else None
             self.drop_gradient()
         return torch.stack([norm.double(), num_requests.double(), self._steps[0].double()])
+
+    def _summed_norm(self, gradients: list[Tensor], ranks: Ranks) -> Tensor:
+        """Sum what each rank has of the gradients, apart from those of shards, which are sums; their L2 norm."""
+        by_kind: dict[bool, list[Tensor]] = {False: [], True: []}
+        for gradient, sharded in zip(gradients, self._sharded, strict=True):
+            by_kind[sharded].append(gradient)
+        ranks.sum(by_kind[False])
+        norm = get_total_norm(by_kind[False])
+        if not by_kind[True]:
+            return norm
+        square = get_total_norm(by_kind[True]).square()
+        ranks.sum([square])
+        return (norm.square() + square).sqrt()
 
     def _adamw(self, gradients: list[Tensor], adam: AdamParams, skip: Tensor) -> None:
         averages, squares = self._made_moments()
@@ -180,9 +196,10 @@ class TrainedModel:
         return {f"{key}.{name}": tensor for key, named in moments.items() for name, tensor in named.items()}
 
     def _named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Tensors laid out like the weights, by parameter name."""
+        """Tensors laid out like the weights, by parameter name; sharded where the parameters are."""
         if self.spec is None:
-            return dict(zip(self._shapes, tensors, strict=True))
+            whole = self.parameters.items()
+            return {name: parted_like(part, parameter) for part, (name, parameter) in zip(tensors, whole, strict=True)}
         parts = tensors[0].split([shape.numel() for shape in self._shapes.values()])
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
@@ -206,6 +223,8 @@ class TrainedModel:
         if self.spec is not None:
             self.parameters = self._named(self._weights)
             self.adapter = _pairs(self.parameters)
+        else:
+            self._weights = [local(parameter) for parameter in self.parameters.values()]
 
 
 def _pairs(parameters: Mapping[str, Tensor]) -> Adapter:
@@ -215,13 +234,16 @@ def _pairs(parameters: Mapping[str, Tensor]) -> Adapter:
 
 def _taken_gradient(weight: Tensor) -> Tensor:
     gradient, weight.grad = weight.grad, None
-    return torch.zeros_like(weight) if gradient is None else gradient
+    return torch.zeros_like(local(weight)) if gradient is None else local(gradient)
 
 
-def _clipped(gradients: list[Tensor], num_mean_tokens: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """The norm of the mean gradient before clipping, and what to multiply the summed one with. max_norm 0: no limit."""
+def _clipped(norm: Tensor, num_mean_tokens: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """The norm of the mean gradient before clipping, from the summed one's; and what to multiply that with.
+
+    max_norm 0: no limit.
+    """
     scale = num_mean_tokens.clamp(min=1).reciprocal()
-    norm = get_total_norm(gradients) * scale
+    norm = norm * scale
     return norm, scale * (max_norm / (norm + 1e-6)).clamp(max=1) if max_norm > 0 else scale
 
 
@@ -247,6 +269,8 @@ class TrainedModels:
         if existing is None:
             self._make_room()
             model = TrainedModel.full(self._base) if spec is None else TrainedModel.lora(spec, self._base)
+            if spec is not None:
+                self._base.ranks.copy_first(model.tensors())  # without a seed each has started elsewhere
             self._resident[model_id] = model
         elif existing.spec != spec:
             raise InvalidRequest(f"model_id {model_id} exists with another spec: {existing.spec}")

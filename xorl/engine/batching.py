@@ -3,8 +3,9 @@
 N: datums; T: tokens; K: candidate targets a position.
 """
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from xorl.engine.commands import Datums, Forward, ForwardBackward
 from xorl.engine.losses import LossInputs
-from xorl.types import AnyLoss
+from xorl.types import IGNORED_TARGET, AnyLoss
 
 
 class Cohort(NamedTuple):
@@ -144,16 +145,58 @@ def _joined(buffers: Sequence[bytes], dtype: type) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray().join(buffers), dtype))  # torch wants writable memory
 
 
-def pack(step: Sequence[Cohort], max_tokens: int) -> Iterator[Batch]:
-    """Cut the datums of a step's cohorts into batches of at most `max_tokens`; a longer one has a batch of its own."""
+class Share(NamedTuple):
+    """Which part of a step is whose: `rank` of `num_ranks`. With `in_step`, all have equally many batches."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    in_step: bool = False
+
+
+ALL = Share()
+
+
+def pack(step: Sequence[Cohort], max_tokens: int, share: Share = ALL) -> tuple[list[Batch], int]:
+    """Cut the datums of a step's cohorts into batches of at most `max_tokens`; a longer one has a batch of its own.
+
+    Returns:
+        The batches of one rank, and the tokens of the largest that any rank has.
+    """
+    batches, largest = [], 0
     for backward in (True, False):
-        alike = [c for c, cohort in enumerate(step) if cohort.backward == backward]
-        datums = [(c, n) for c in alike for n in range(len(step[c].lengths))]
-        for chosen in first_fit([step[c].lengths[n] for c, n in datums], max_tokens):
+        datums = [
+            (c, n) for c, cohort in enumerate(step) if cohort.backward == backward for n in range(len(cohort.lengths))
+        ]
+        lengths = [step[c].lengths[n] for c, n in datums]
+        plans = planned(lengths, max_tokens, share.num_ranks)
+        largest = max([largest, *(sum(lengths[index] for index in batch) for plan in plans for batch in plan)])
+        if share.in_step and datums:
+            idle = max(map(len, plans)) - len(plans[share.rank])
+            shortest = datums[lengths.index(min(lengths))]
+            batches += [_idle_batch(step, *shortest, backward)] * idle
+        for chosen in plans[share.rank]:
             members: dict[int, list[int]] = {}
             for c, n in (datums[index] for index in chosen):
                 members.setdefault(c, []).append(n)
-            yield _batch(step, members, backward)
+            batches.append(_batch(step, members, backward))
+    return batches, largest
+
+
+def planned(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """The batches of each rank, as indices of `lengths`."""
+    return [
+        [[part[i] for i in batch] for batch in first_fit([lengths[index] for index in part], max_tokens)]
+        for part in balanced(lengths, num_ranks)
+    ]
+
+
+def _idle_batch(step: Sequence[Cohort], c: int, n: int, backward: bool) -> Batch:
+    """A datum with all targets ignored: it passes through the network and leaves nothing, its results are zeros."""
+    batch = _batch(step, {c: [n]}, backward)
+    (portion,) = batch.portions
+    ignored_TK = torch.full_like(portion.targets_TK, IGNORED_TARGET)
+    inputs = LossInputs(ignored_TK, portion.inputs.offsets, portion.inputs.arrays)
+    return batch._replace(portions=[portion._replace(targets_TK=ignored_TK, inputs=inputs)])
 
 
 def _batch(step: Sequence[Cohort], members: Mapping[int, Sequence[int]], backward: bool) -> Batch:
@@ -188,6 +231,20 @@ def _portion(step: Sequence[Cohort], c: int, datums: Sequence[int], start: int) 
     arrays = {name: array[positions_T] for name, array in cohort.inputs.arrays.items()}
     inputs = LossInputs(targets_TK, [0, *itertools.accumulate(cohort.lengths[n] for n in datums)], arrays)
     return Portion(c, cohort.loss, start, runs[-1].stop, runs, positions_T, targets_TK, inputs)
+
+
+def balanced(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Indices of `lengths` in parts of about equal sums: the longest first, each to the part with least so far.
+
+    No part exceeds another by more than its own shortest length. Source: Graham 1969 (longest processing time first).
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    loads = [(0, part) for part in range(num_parts)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, part = loads[0]
+        parts[part].append(index)
+        heapq.heapreplace(loads, (load + lengths[index], part))
+    return parts
 
 
 def first_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

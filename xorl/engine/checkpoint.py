@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from xorl.engine.adapters import TrainedModel
+from xorl.engine.export import whole_parameters
 from xorl.engine.model import BaseModel
+from xorl.engine.ranks import Ranks
 from xorl.errors import CheckpointError, InvalidRequest, StorageFull
 from xorl.types import MANIFEST, Manifest
 
@@ -42,10 +44,11 @@ def save_training(
     user_metadata: dict[str, str] | None,
 ) -> int:
     """Write weights and optimizer state; returns the checkpoint's size in bytes."""
-    with _publishing(directory, replace) as draft:
+    ranks, state = base.ranks, _training_state(model)
+    with _publishing(directory, replace, ranks) as draft:
         with _quiet_dcp():
-            dcp.save(_training_state(model), checkpoint_id=draft, no_dist=True)
-        return _write_manifest(draft, "training", model, base, model_id, name, user_metadata)
+            dcp.save(state, checkpoint_id=draft, process_group=ranks.host_group, no_dist=ranks.size == 1)
+        return ranks.from_first(lambda: _write_manifest(draft, "training", model, base, model_id, name, user_metadata))
 
 
 def load_training(model: TrainedModel, base: BaseModel, directory: Path, *, optimizer: bool) -> None:
@@ -54,13 +57,12 @@ def load_training(model: TrainedModel, base: BaseModel, directory: Path, *, opti
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model; nothing was changed.
     """
-    manifest = read_manifest(directory)
-    _refuse_other_model(model, base, manifest)
-    verify(directory, manifest)
+    ranks = base.ranks
+    manifest = ranks.from_first(lambda: _verified(directory, model, base))
     state = {key: torch.empty_like(value) for key, value in _training_state(model).items()}
     try:
         with _quiet_dcp():
-            dcp.load(state, checkpoint_id=directory, no_dist=True)
+            dcp.load(state, checkpoint_id=directory, process_group=ranks.host_group, no_dist=ranks.size == 1)
     except (CheckpointException, OSError, ValueError) as error:
         raise CheckpointError(f"{manifest.name}: {_reason(error)}") from error
     model.spec = manifest.lora
@@ -75,13 +77,18 @@ def save_sampler(
     model: TrainedModel, base: BaseModel, *, model_id: str, name: str, directory: Path, replace: bool
 ) -> int:
     """Write what an inference server loads: PEFT's two files, or the whole model when full weights are trained."""
-    with _publishing(directory, replace) as draft:
-        if model.spec is None:
-            base.network.save_pretrained(draft)
-            _copy_tokenizer(Path(base.path), draft)
-        else:
-            _save_peft(model, base, draft)
-        return _write_manifest(draft, "sampler", model, base, model_id, name, None)
+    with _publishing(directory, replace, base.ranks) as draft:
+        state = whole_parameters(base) if model.spec is None else None
+
+        def write() -> int:
+            if state is None:
+                _save_peft(model, base, draft)
+            else:
+                base.network.save_pretrained(draft, state_dict=state)
+                _copy_tokenizer(Path(base.path), draft)
+            return _write_manifest(draft, "sampler", model, base, model_id, name, None)
+
+        return base.ranks.from_first(write)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -101,6 +108,13 @@ def verify(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{manifest.name}/{file}: the file is missing")
         if _sha256(path) != digest:
             raise CheckpointError(f"{manifest.name}/{file}: its checksum differs from the manifest's")
+
+
+def _verified(directory: Path, model: TrainedModel, base: BaseModel) -> Manifest:
+    manifest = read_manifest(directory)
+    _refuse_other_model(model, base, manifest)
+    verify(directory, manifest)
+    return manifest
 
 
 def _refuse_other_model(model: TrainedModel, base: BaseModel, manifest: Manifest) -> None:
@@ -182,33 +196,43 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _publishing(directory: Path, replace: bool) -> Iterator[Path]:
-    """A folder beside `directory` to write into; it takes that name when the block ends well, else it vanishes."""
-    if directory.exists() and not replace:
-        raise InvalidRequest(f"path: checkpoint {directory.name} exists already; choose another name or overwrite it")
-    draft = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+def _publishing(directory: Path, replace: bool, ranks: Ranks) -> Iterator[Path]:
+    """A folder beside `directory` for all ranks to write into; it takes that name when the block ends well, else it
+    vanishes."""
+    draft = directory.with_name(f".{directory.name}.{ranks.from_first(lambda: uuid.uuid4().hex)}")
     try:
-        draft.mkdir(parents=True)
+        ranks.from_first(lambda: _begin(draft, directory, replace))
         yield draft
-        _sync_to_disk(draft)
-        if directory.exists():
-            old = directory.with_name(f"{draft.name}.old")
-            directory.rename(old)
-            try:
-                draft.rename(directory)
-            except OSError:
-                old.rename(directory)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            draft.rename(directory)
+        ranks.from_first(lambda: _publish(draft, directory))
     except (OSError, SafetensorError, CheckpointException) as error:
         reason = _reason(error)
         if os.strerror(errno.ENOSPC) in reason:  # safetensors gives no number
             raise StorageFull(f"checkpoint {directory.name}: no space left on the disk") from error
         raise CheckpointError(f"checkpoint {directory.name}: {reason}") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _begin(draft: Path, directory: Path, replace: bool) -> None:
+    if directory.exists() and not replace:
+        raise InvalidRequest(f"path: checkpoint {directory.name} exists already; choose another name or overwrite it")
+    draft.mkdir(parents=True)
+
+
+def _publish(draft: Path, directory: Path) -> None:
+    _sync_to_disk(draft)
+    if directory.exists():
+        old = directory.with_name(f"{draft.name}.old")
+        directory.rename(old)
+        try:
+            draft.rename(directory)
+        except OSError:
+            old.rename(directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        draft.rename(directory)
 
 
 def _reason(error: BaseException) -> str:

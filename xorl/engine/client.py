@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -50,31 +52,40 @@ class EngineClient:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._spill_dir = tempfile.TemporaryDirectory(prefix=".evicted-", dir=output_dir)
         self._commands, self._results = (zmq.asyncio.Context.instance().socket(kind) for kind in (zmq.PUSH, zmq.PULL))
-        for socket, address in zip((self._commands, self._results), addresses, strict=True):
-            socket.set_hwm(0)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(address)
-        self._process = await asyncio.create_subprocess_exec(
+        for end, address in zip((self._commands, self._results), addresses, strict=True):
+            end.set_hwm(0)
+            end.setsockopt(zmq.LINGER, 0)
+            end.bind(address)
+        gpus = self._config.engine.gpus
+        own, *others = rank_environments(gpus) if gpus > 1 else [dict(os.environ)]
+        first = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "xorl.engine.loop", *addresses, self._spill_dir.name),
             stdin=asyncio.subprocess.PIPE,
+            env=own,
         )
-        assert self._process.stdin
-        self._process.stdin.write(self._config.model_dump_json().encode())
-        self._process.stdin.close()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        assert first.stdin
+        first.stdin.write(self._config.model_dump_json().encode())
+        first.stdin.close()
+        self._processes = [first]
+        for environ in others:
+            follower = await asyncio.create_subprocess_exec(sys.executable, "-m", "xorl.engine.follower", env=environ)
+            self._processes.append(follower)
+        watches = [self._watch(rank, process) for rank, process in enumerate(self._processes)]
+        self._tasks = [asyncio.create_task(each) for each in (self._receive(), *watches)]
 
     async def stop(self) -> None:
         """End the engine; what it has not finished fails with EngineLost."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._process.returncode is None:
-            self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        first = self._processes[0]
+        if first.returncode is None:
+            first.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(first.wait(), STOP_TIMEOUT_S)
+        for process in self._processes:  # the others have nothing that could be lost
+            _kill(process)
+            await process.wait()
         self._lose("the server is stopping")
         self._commands.close()
         self._results.close()
@@ -122,11 +133,16 @@ class EngineClient:
             case StepReport():
                 self.last_step = news
 
-    async def _watch(self) -> None:
-        code = await self._process.wait()
-        log.error("engine ended", exit_code=code)
+    async def _watch(self, rank: int, process: asyncio.subprocess.Process) -> None:
+        """Without one of its processes the engine is lost."""
+        code = await process.wait()
+        if self.state == "dead":
+            return
+        log.error("engine ended", rank=rank, exit_code=code)
         self.failed_to_start = self.state == "starting"
-        self._lose(f"the engine process ended with exit code {code}")
+        self._lose(f"the engine process of rank {rank} ended with exit code {code}")
+        for other in self._processes:
+            _kill(other)
         if self.failed_to_start:
             self._on_failed_start()
 
@@ -136,3 +152,19 @@ class EngineClient:
         for future in pending.values():
             with contextlib.suppress(asyncio.InvalidStateError):
                 future.set_exception(EngineLost(reason))
+
+
+def rank_environments(size: int) -> list[dict[str, str]]:
+    """What torchrun would set for each of `size` ranks on this machine, which share its cores."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = max((os.cpu_count() or 1) // size, 1)
+    common = {"OMP_NUM_THREADS": str(threads), **os.environ, "WORLD_SIZE": str(size)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()

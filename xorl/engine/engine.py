@@ -31,6 +31,7 @@ from xorl.engine.commands import (
 from xorl.engine.export import merged_tensors
 from xorl.engine.forward import AnyForward, Deferred, Packed, SharedForward, failure
 from xorl.engine.model import BaseModel
+from xorl.engine.ranks import ONE_RANK, Ranks
 from xorl.engine.results import optim_result
 from xorl.engine.transfer import Transfer
 from xorl.errors import Asleep
@@ -60,11 +61,13 @@ class Engine:
     wherever the same steps arrive.
     """
 
-    def __init__(self, config: Config, spill_dir: Path) -> None:
+    def __init__(self, config: Config, spill_dir: Path, ranks: Ranks = ONE_RANK) -> None:
         """Models that are set aside on the CPU are kept in `spill_dir`, which nobody else may use."""
         self.settings = config.engine
         self.base = BaseModel(
             config.base,
+            ranks,
+            shard=self.settings.shard,
             activation_checkpointing=self.settings.activation_checkpointing,
             offload_activations=self.settings.offload_activations,
         )
@@ -79,44 +82,60 @@ class Engine:
         self._sync.close()
 
     def run(self, command: AnyCommand) -> AnyResult:
-        """Run one command through all stages.
+        """Run one command through all stages; all ranks are to run it.
 
         Raises:
             XorlError: the command failed; the model is as it was before.
         """
-        (result,) = self.compute(self.prepare([command]))
+        max_tokens = self.base.ranks.from_first(lambda: self.forward.budget.tokens)
+        (result,) = self.compute(self.prepare([command], max_tokens))
         return result()
 
-    def prepare(self, commands: Sequence[AnyCommand]) -> Prepared:
-        """Pack the requests of a step, and copy them to the device."""
+    def prepare(self, commands: Sequence[AnyCommand], max_tokens: int | None = None) -> Prepared:
+        """Pack the requests of a step into batches of at most `max_tokens`, by default of the present budget, and copy
+        them to the device."""
+        max_tokens = max_tokens or self.forward.budget.tokens
         requests = {n: command for n, command in enumerate(commands) if isinstance(command, AnyForward)}
         if not requests:
             return Prepared(commands)
         try:
-            return Prepared(commands, self.forward.prepare(requests))
+            return Prepared(commands, self.forward.prepare(requests, max_tokens))
         except Exception:  # of one of them, which must not reach the others
-            refused = {n: failure(error) for n, request in requests.items() if (error := self._fault(request))}
+            refused = {
+                n: failure(error) for n, request in requests.items() if (error := self._fault(request, max_tokens))
+            }
             good = {n: request for n, request in requests.items() if n not in refused}
-            return Prepared(commands, self.forward.prepare(good) if good else None, refused)
+            return Prepared(commands, self.forward.prepare(good, max_tokens) if good else None, refused)
 
-    def _fault(self, request: AnyForward) -> Exception | None:
+    def _fault(self, request: AnyForward, max_tokens: int) -> Exception | None:
         try:
-            self.forward.prepare({0: request})
+            self.forward.prepare({0: request}, max_tokens)
         except Exception as error:
             return error
 
     def compute(self, prepared: Prepared) -> list[Deferred]:
-        """Run a step; gives each command's result, or raises its failure, when called."""
+        """Run a step; gives each command's result, or raises its failure, when called: on all ranks in one order.
+
+        Raises:
+            RankDivergence: a command failed on some ranks only.
+        """
         outcomes = dict(prepared.refused)
+        self.base.ranks.refuse_difference([n in outcomes for n in range(len(prepared.commands))])
         if prepared.packed and not self._asleep:
             outcomes |= self.forward.compute(prepared.packed)
-        return [outcomes.get(n) or self._run_alone(command) for n, command in enumerate(prepared.commands)]
+        failed: list[bool] = []
+        for n, command in enumerate(prepared.commands):
+            if n not in outcomes:
+                outcomes[n], error = self._run_alone(command)
+                failed.append(error is not None)
+        self.base.ranks.refuse_difference(failed)
+        return [outcomes[n] for n in range(len(prepared.commands))]
 
-    def _run_alone(self, command: AnyCommand) -> Deferred:
+    def _run_alone(self, command: AnyCommand) -> tuple[Deferred, Exception | None]:
         try:
-            return self._run(command)
+            return self._run(command), None
         except Exception as error:  # one command's failure is its own: the engine goes on
-            return failure(error)
+            return failure(error), error
 
     def _run(self, command: AnyCommand) -> Deferred:
         if self._asleep and not isinstance(command, WakeUp | Sleep | UnloadModel):
@@ -149,7 +168,7 @@ class Engine:
         return lambda: result
 
     def _optim_step(self, command: OptimStep) -> Deferred:
-        told = self.models[command.model_id].optim_step(command.adam)
+        told = self.models[command.model_id].optim_step(command.adam, self.base.ranks)
         return partial(optim_result, self._transfer.outward([told]), command.adam.learning_rate)
 
     def _save_weights(self, command: SaveWeights) -> SaveResult:
@@ -176,7 +195,8 @@ class Engine:
         return SaveResult(size_bytes)
 
     def _sync_weights(self, command: SyncWeights) -> SyncReport:
-        return self._sync.push(command, merged_tensors(self.models[command.model_id], self.base))
+        weights = merged_tensors(self.models[command.model_id], self.base)
+        return self.base.ranks.from_first(lambda: self._sync.push(command, weights))
 
     def _move_to(self, device: torch.device, *, asleep: bool) -> Done:
         self.base.move(device)

@@ -14,11 +14,12 @@ from xorl.config import EngineConfig
 from xorl.engine import losses
 from xorl.engine.adapters import Gradient, TrainedModel, TrainedModels
 from xorl.engine.attention import Sequences
-from xorl.engine.batching import Batch, Cohort, Portion, cohorts, pack
+from xorl.engine.batching import Batch, Cohort, Portion, Share, cohorts, pack
 from xorl.engine.commands import AnyResult, Forward, ForwardBackward
 from xorl.engine.lora import Adapter, Pair, Span
 from xorl.engine.memory import MemoryMeter, TokenBudget, is_out_of_memory
 from xorl.engine.model import BaseModel
+from xorl.engine.ranks import RankDivergence
 from xorl.engine.results import Outputs
 from xorl.engine.transfer import Arriving, Transfer, Wait
 from xorl.errors import OutOfMemory, XorlError
@@ -32,21 +33,24 @@ AnyForward = Forward | ForwardBackward
 
 
 class Packed(NamedTuple):
-    """Requests, each under its number in the step, as batches on the device; usable after `wait`."""
+    """Requests, each under its number in the step, as this rank's batches on the device; usable after `wait`.
+
+    Attributes:
+        max_tokens: what batches had to keep to.
+        longest_batch: of any rank.
+    """
 
     requests: Mapping[int, AnyForward]
     cohorts: list[Cohort]
     num_mean_tokens: dict[int, int]
+    max_tokens: int
+    longest_batch: int
     batches: list[tuple[Batch, Sequences]]
     wait: Wait
 
     @property
-    def longest_batch(self) -> int:
-        return max(len(batch.tokens_T) for batch, _ in self.batches)
-
-    @property
     def longest_datum(self) -> int:
-        return max(length for batch, _ in self.batches for length in batch.lengths)
+        return max(length for cohort in self.cohorts for length in cohort.lengths)
 
 
 class Running(NamedTuple):
@@ -64,6 +68,14 @@ class Running(NamedTuple):
         return self.model.spec.scale if self.model.spec else 0.0
 
 
+class Ran(NamedTuple):
+    """What the batches of a step have left on the device; `num_bad_N` counts tokens that are not finite."""
+
+    running: Mapping[int, Running]
+    num_bad_N: Tensor
+    arriving: list[Arriving]
+
+
 class SharedForward:
     """Each request's results and gradient are what it would get alone, up to rounding; one that fails harms no other.
 
@@ -75,12 +87,14 @@ class SharedForward:
         self._models = models
         self._config = config
         self._transfer = transfer
+        self._ranks = base.ranks
+        self._share = Share(base.ranks.rank, base.ranks.size, in_step=base.sharded)
         self._meter = MemoryMeter(base.device)
         self.budget = TokenBudget(config.max_batch_tokens)
         self.peak_bytes = 0
 
-    def prepare(self, requests: Mapping[int, AnyForward], max_tokens: int | None = None) -> Packed:
-        """Pack requests into batches of at most `max_tokens`, by default of the present budget."""
+    def prepare(self, requests: Mapping[int, AnyForward], max_tokens: int) -> Packed:
+        """Pack this rank's share of the requests into batches of at most `max_tokens`."""
         step = cohorts(requests)
         num_mean_tokens = {
             number: int(losses.num_valid(cohort.loss, cohort.of(member)))
@@ -88,31 +102,35 @@ class SharedForward:
             for member, number in enumerate(cohort.members)
             if isinstance(request := requests[number], ForwardBackward) and request.token_mean
         }
-        packed = list(pack(step, max_tokens or self.budget.tokens))
+        packed, longest_batch = pack(step, max_tokens, self._share)
 
         def on_device(copy: Callable[[Tensor], Tensor]) -> list[tuple[Batch, Sequences]]:
             return [(batch.on_device(copy), self._base.sequences(batch.lengths)) for batch in packed]
 
         batches, wait = self._transfer.inward(on_device)
-        return Packed(requests, step, num_mean_tokens, batches, wait)
+        return Packed(requests, step, num_mean_tokens, max_tokens, longest_batch, batches, wait)
 
     def compute(self, packed: Packed) -> dict[int, Deferred]:
         """Run the batches without waiting for them.
 
         What does not fit into memory runs in batches of half the size. If that does not help, or something else fails,
-        the requests run one by one, so that the one to blame fails alone.
+        the requests run one by one, so that the one to blame fails alone. What fails on one rank fails on all.
+
+        Raises:
+            RankDivergence: the base is sharded and this rank failed, while the others wait for its part; or only some
+                ranks have the models.
         """
         models, outcomes = self._find_models(packed.requests)
         if outcomes:
             found = {number: request for number, request in packed.requests.items() if number in models}
-            return outcomes | (self.compute(self.prepare(found)) if found else {})
-        try:
-            packed.wait()
-            outputs = self._run(packed, models)
-        except Exception as raised:  # of any kind: it must not reach the other requests
-            error = raised.with_traceback(None)  # whose frames hold the tensors of the batch
-        else:
+            return outcomes | (self.compute(self.prepare(found, packed.max_tokens)) if found else {})
+        ran = self._attempt(packed, models)
+        error = self._ranks.common(ran if isinstance(ran, Exception) else None)
+        if error is None and isinstance(ran, Ran):
+            outputs = self._keep(packed, ran)
             return {number: partial(outputs.result, number) for number in packed.requests}
+        del ran  # what this rank has computed, while another failed
+        assert error is not None
         return self._run_smaller(packed, error)
 
     def _find_models(self, requests: Mapping[int, AnyForward]) -> tuple[dict[int, TrainedModel], dict[int, Deferred]]:
@@ -124,10 +142,22 @@ class SharedForward:
                 models[number] = self._models[request.model_id]
             except XorlError as error:
                 failures[number] = failure(error)
+        self._ranks.refuse_difference([number in models for number in requests])
         return models, failures
 
+    def _attempt(self, packed: Packed, models: Mapping[int, TrainedModel]) -> Ran | Exception:
+        try:
+            packed.wait()
+            return self._run(packed, models)
+        except Exception as error:  # of any kind: it must not reach the other requests
+            if self._base.sharded:
+                raise RankDivergence("a part of the model failed to compute") from error
+            if is_out_of_memory(error):
+                return OutOfMemory(str(error))
+            return error.with_traceback(None)  # whose frames hold the tensors of the batch
+
     def _run_smaller(self, packed: Packed, error: Exception) -> dict[int, Deferred]:
-        if is_out_of_memory(error):
+        if isinstance(error, OutOfMemory):
             self.budget.overflowed(packed.longest_batch)
             self._meter.release()
             if packed.longest_batch > packed.longest_datum:
@@ -138,10 +168,10 @@ class SharedForward:
             return {number: failure(error) for number in packed.requests}
         outcomes = {}
         for number, request in packed.requests.items():
-            outcomes |= self.compute(self.prepare({number: request}))
+            outcomes |= self.compute(self.prepare({number: request}, packed.max_tokens))
         return outcomes
 
-    def _run(self, packed: Packed, models: Mapping[int, TrainedModel]) -> Outputs:
+    def _run(self, packed: Packed, models: Mapping[int, TrainedModel]) -> Ran:
         running = {
             number: Running(
                 model, model.new_gradient() if isinstance(packed.requests[number], ForwardBackward) else None
@@ -151,10 +181,16 @@ class SharedForward:
         num_bad_N = torch.zeros(max(running) + 1, dtype=torch.int32, device=self._base.device)
         self.peak_bytes = 0
         arriving = [self._run_metered(batch, running, num_bad_N, sequences) for batch, sequences in packed.batches]
-        for number, (model, gradient) in running.items():
+        return Ran(running, num_bad_N, arriving)
+
+    def _keep(self, packed: Packed, ran: Ran) -> Outputs:
+        """Add the gradients to their models', where no rank has seen a token without one."""
+        self._ranks.sum([ran.num_bad_N])
+        for number, (model, gradient) in ran.running.items():
             if gradient is not None:
-                model.add(gradient, num_bad_N[number] == 0, packed.num_mean_tokens.get(number, 0))
-        return Outputs(packed.cohorts, [batch for batch, _ in packed.batches], arriving)
+                model.add(gradient, ran.num_bad_N[number] == 0, packed.num_mean_tokens.get(number, 0))
+        batches = [batch for batch, _ in packed.batches]
+        return Outputs(packed.cohorts, batches, ran.arriving, self._ranks.sum_delivered)
 
     def _run_metered(
         self, batch: Batch, running: Mapping[int, Running], num_bad_N: Tensor, sequences: Sequences

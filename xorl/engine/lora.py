@@ -77,7 +77,13 @@ class LoraGroup:
         biases = [member.bias for member in self.members if member.bias is not None]
         weight_OI = _stacked([member.weight for member in self.members])
         scales = tuple(member.scales for member in self.members if member.scales is not None)
-        self._base = Base(weight_OI, _stacked(biases) if biases else None, sizes, scales)
+        self._stacked = Base(weight_OI, _stacked(biases) if biases else None, sizes, scales)
+
+    @property
+    def _base(self) -> Base:
+        """A layer alone is asked for its weights each time: sharded ones are whole only while it computes."""
+        first, *others = self.members
+        return self._stacked if others else self._stacked._replace(weight_OI=first.weight, bias_O=first.bias)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """[..., O] of one member; the others' are kept until they are asked for."""
@@ -113,14 +119,17 @@ class LoraLinear(nn.Module):
         return self._group.output(self._index, x)
 
 
-def attach(model: nn.Module, *, fp8: bool = False) -> Router:
-    """Put a LoraLinear in place of every projection of `model`; parameter names stay as they were."""
+def attach(model: nn.Module, *, fp8: bool = False, together: bool = True) -> Router:
+    """Put a LoraLinear in place of every projection of `model`; parameter names stay as they were.
+
+    Without `together` every layer computes by itself, and keeps its own weights.
+    """
     router = Router()
     for parent_name, parent in list(model.named_modules()):
         linears = {
             leaf: layer for leaf in LORA_PROJECTIONS if isinstance(layer := getattr(parent, leaf, None), nn.Linear)
         }
-        for leaves in _grouped(linears):
+        for leaves in _grouped(linears) if together else [(leaf,) for leaf in linears]:
             layers = {f"{parent_name}.{leaf}": linears[leaf] for leaf in leaves}
             group = LoraGroup(layers, router, fp8=fp8)
             router.groups.append(group)

@@ -6,15 +6,17 @@ T: tokens of one packed batch; H: hidden size.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from xorl.config import ModelConfig
-from xorl.engine import attention
+from xorl.engine import attention, parallel
 from xorl.engine.commands import ModelInfo
 from xorl.engine.lora import LoraLinear, Router, attach
+from xorl.engine.ranks import ONE_RANK, Ranks
 from xorl.errors import InvalidRequest
 
 
@@ -26,16 +28,31 @@ class BaseModel:
     """
 
     def __init__(
-        self, config: ModelConfig, *, activation_checkpointing: bool = False, offload_activations: bool = False
+        self,
+        config: ModelConfig,
+        ranks: Ranks = ONE_RANK,
+        *,
+        shard: Literal["auto", "always", "never"] = "never",
+        activation_checkpointing: bool = False,
+        offload_activations: bool = False,
     ) -> None:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.full = config.full
         self.path = config.model
-        self.network = load_network(config.model, torch.float32 if config.full else self.dtype, self.device)
+        self.ranks = ranks
+        dtype = torch.float32 if config.full else self.dtype
+        self.network = load_network(config.model, dtype, torch.device("cpu")).requires_grad_(config.full)
         self.network.set_attn_implementation(attention.NAME)
-        self.network.requires_grad_(config.full)
-        self.router = Router() if config.full else attach(self.network, fp8=config.fp8)
+        self.sharded = parallel.is_to_be_sharded(shard, self.network, ranks, self.device)
+        if self.sharded and (offload_activations or config.fp8):
+            name = "offload_activations" if offload_activations else "fp8"
+            raise InvalidRequest(f"{name}: not with layers that are split over the ranks; set shard to never")
+        if not self.sharded:
+            nn.Module.to(self.network, self.device)
+        self.router = Router() if config.full else attach(self.network, fp8=config.fp8, together=not self.sharded)
+        if self.sharded:
+            parallel.shard(self.network, self.dtype, ranks, self.device)
         self._offload_activations = offload_activations
         self._sequences = attention.sequences_for(self.device, self.dtype)
         if activation_checkpointing:

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +17,22 @@ from xorl.errors import NonFinite
 class Outputs:
     """The log-probabilities and losses of a step's requests, which may still be on their way to the host."""
 
-    def __init__(self, cohorts: Sequence[Cohort], batches: Sequence[Batch], arriving: Sequence[Arriving]) -> None:
-        """`arriving` has log-probabilities [T, K] and loss [T] of every portion of each batch, in turn."""
+    def __init__(
+        self,
+        cohorts: Sequence[Cohort],
+        batches: Sequence[Batch],
+        arriving: Sequence[Arriving],
+        add_others: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        """
+        Args:
+            arriving: log-probabilities [T, K] and loss [T] of every portion of each batch, in turn.
+            add_others: adds what the other ranks have where there are zeros here.
+        """
         self._cohorts = cohorts
         self._batches = batches  # their memory is in use until everything has arrived
         self._arriving = arriving
+        self._add_others = add_others
         self._by_cohort: list[tuple[Tensor, Tensor]] | None = None
 
     def result(self, request: int) -> ForwardResult:
@@ -55,6 +66,7 @@ class Outputs:
                     for whole, part in zip(self._by_cohort[portion.cohort], arriving.tensors[2 * i :], strict=False):
                         whole[portion.positions_T] = part
             self._batches, self._arriving = (), ()
+            self._add_others([tensor for tensors in self._by_cohort for tensor in tensors])
         return self._by_cohort
 
 

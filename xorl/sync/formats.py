@@ -27,8 +27,8 @@ _STACKED_EXPERTS = re.compile(r"(?P<experts>.*\.experts)\.(?P<part>gate_up_proj|
 class Weight(NamedTuple):
     """A full tensor under its Hugging Face name and the adapter that acts on it; `dtype` is that of a checkpoint.
 
-    Tied embeddings are one weight, the embedding. Tensors are read when a bucket is made. One that is held in FP8 comes
-    with the `scales` of its blocks.
+    Tied embeddings are one weight, the embedding. Tensors are read when a bucket is made, which is on their own device
+    or the one given. One that is held in FP8 comes with the `scales` of its blocks.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Weight(NamedTuple):
     dtype: torch.dtype
     lora: Lora | None = None
     scales: Tensor | None = None
+    device: torch.device | None = None
 
     @property
     def held_dtype(self) -> torch.dtype:
@@ -44,7 +45,7 @@ class Weight(NamedTuple):
 
     def matrix(self) -> Tensor:
         """The values. An adapter is merged into what the training forward multiplies with, codes rounded to `dtype`."""
-        values = self.tensor.detach()
+        values = self.tensor.detach().to(self.device)
         if self.scales is not None:
             plain = torch.empty_like(values, dtype=torch.float32 if self.lora is None else self.dtype)
             values = dequantize(values, self.scales, plain)
