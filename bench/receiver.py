@@ -25,6 +25,7 @@ TIMEOUT_S = 60.0
 COALESCED_BYTES = 25 * 2**20
 """Of torch's buckets: what DistributedDataParallel takes."""
 
+SESSION = ("/begin_weight_update", "/end_weight_update")
 INFO = {"version": "0.5.23", "tp_size": 1, "dequantizes": True}
 
 
@@ -157,6 +158,11 @@ def handler(answer: Callable[[str, bytes], object]) -> type[BaseHTTPRequestHandl
             self.wfile.write(data)
 
         do_GET = do_POST
+
+        def do_OPTIONS(self) -> None:
+            self.send_response(405 if self.path in SESSION else 404)  # as FastAPI answers
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
