@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import httpx
 
 START_TIMEOUT_S = 120
 ROOT = Path(__file__).parents[1]
+XORL = (sys.executable, "-m", "xorl.cli")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "xorl.cli")
 
 
 def free_port() -> int:
@@ -23,17 +25,19 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(log: Path, *arguments: str, environ: dict[str, str] | None = None) -> Iterator[str]:
+def running(
+    log: Path, *arguments: str, environ: dict[str, str] | None = None, command: Sequence[str] = XORL
+) -> Iterator[str]:
     """`xorl ARGUMENTS --port P` until the block ends; yields its URL once /health answers 200.
 
-    It must stop cleanly on SIGTERM.
+    It must stop cleanly on SIGTERM; torchrun, which calls every signal a failure, must stop.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "xorl.cli", *arguments, "--port", str(port)],
+            [*command, *arguments, "--port", str(port)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environ or {})},
@@ -44,7 +48,7 @@ def running(log: Path, *arguments: str, environ: dict[str, str] | None = None) -
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(30)
-    assert code in (0, -signal.SIGTERM), f"exit code {code}:\n{log.read_text()[-4000:]}"
+    assert command is TORCHRUN or code in (0, -signal.SIGTERM), f"exit code {code}:\n{log.read_text()[-4000:]}"
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -33,6 +33,12 @@ def test_a_wrong_setting_ends_the_start_with_its_name() -> None:
     assert "http.port (XORL_PORT)" in result.stderr
 
 
+def test_torchrun_alone_says_how_many_ranks_there_are() -> None:
+    result = xorl("serve", "--model", "m", "--gpus", "2", RANK="0")
+    assert result.returncode == 1
+    assert "gpus: leave it out under torchrun" in result.stderr
+
+
 def test_a_model_that_is_not_there_ends_the_server(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     result = xorl("serve", "--model", missing, "--port", str(free_port()), "--output-dir", str(tmp_path / "output"))

@@ -50,6 +50,8 @@ def serve(config: Path | None, **flags: Any) -> None:
         settings_tree = load(flags, config)
     except ConfigError as error:
         sys.exit(f"xorl serve: {error}")
+    if "RANK" in os.environ and settings_tree.engine.gpus > 1:
+        sys.exit("xorl serve: gpus: leave it out under torchrun, which has started the ranks already")
     from xorl.server.app import serve  # imports FastAPI, which `xorl --help` can do without
 
     serve(settings_tree)
