@@ -56,10 +56,9 @@ sanitize-%: $(STAMP)
 		setarch -R $(BIN)/pytest -p no:cacheprovider --capture=sys -o pythonpath="build/$* tests" tests/sync/test_broadcast.py
 
 bench: $(STAMP)
-	$(BIN)/python -m bench.fp8_quantize --small
-	$(BIN)/python -m bench.fused_lora --small
-	$(BIN)/python -m bench.logprobs --small
-	$(BIN)/python -m bench.sync --small
+	for name in fp8_quantize fused_lora logprobs sync engine control_plane schedule; do \
+		$(BIN)/python -m bench.$$name --small || exit; \
+	done
 	$(BIN)/python -m bench.aot
 
 demo: $(STAMP)

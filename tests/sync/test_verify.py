@@ -39,9 +39,9 @@ def checksum(*parts: Tensor) -> str:
     return sha256(whole.numpy().tobytes()).hexdigest()[:16]
 
 
-def expected(info: ServerInfo, model: PreTrainedModel, fp8: Fp8 | None = None) -> Expected:
+def expected(info: ServerInfo, model: PreTrainedModel, fp8: Fp8 | None = None, bucket_bytes: int = 3000) -> Expected:
     weights = [Weight(name, parameter.detach(), parameter.dtype) for name, parameter in model.named_parameters()]
-    plan, result = Plan.of(weights, fp8, 3000), Expected(info)
+    plan, result = Plan.of(weights, fp8, bucket_bytes), Expected(info)
     for _ in range(2):  # the second time after a failure
         result.clear()
         for bucket in plan.buckets:
@@ -58,7 +58,8 @@ def test_our_samplers_parameters(kind):
     assert expected(OURS, model).difference(theirs | {name: "0" * 16}) == name
 
 
-def test_sglangs_fused_parameters():
+@pytest.mark.parametrize("bucket_bytes", [1, 1000, 3000, 5500, 100_000])
+def test_sglangs_fused_parameters(bucket_bytes):
     model = network("dense")
     own = dict(model.named_parameters())
     theirs = {name: checksum(parameter) for name, parameter in own.items() if "_proj" not in name}
@@ -71,7 +72,7 @@ def test_sglangs_fused_parameters():
         gate_up = [own[f"{mlp}.{part}_proj.weight"] for part in ("gate", "up")]
         theirs[f"{mlp}.gate_up_proj.weight"] = checksum(*gate_up)
         theirs[f"{mlp}.down_proj.weight"] = checksum(own[f"{mlp}.down_proj.weight"])
-    assert expected(SGLANG, model).difference(theirs) is None
+    assert expected(SGLANG, model, bucket_bytes=bucket_bytes).difference(theirs) is None
     swapped = theirs | {f"{mlp}.gate_up_proj.weight": checksum(*reversed(gate_up))}
     assert expected(SGLANG, model).difference(swapped) == f"{mlp}.gate_up_proj.weight"
 

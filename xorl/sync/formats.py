@@ -73,10 +73,16 @@ def _experts(weight: Weight, match: re.Match[str]) -> list[Weight]:
 def wire_items(weights: Sequence[Weight], fp8: Fp8 | None) -> list[Item]:
     """What is sent of each weight: codes and scales of the linear layers if `fp8`, the others as they are.
 
+    In the order of the weights, but the embedding comes last: nothing would hide how so large a beginning is produced.
+
     Raises:
         InvalidRequest: naming a weight that no receiver would take. They answer 200 to a name they do not know.
     """
-    return [_wire_item(weight, fp8) for weight in weights]
+    return [_wire_item(weight, fp8) for weight in sorted(weights, key=_is_embedding)]
+
+
+def _is_embedding(weight: Weight) -> bool:
+    return weight.name.endswith("embed_tokens.weight")
 
 
 def _wire_item(weight: Weight, fp8: Fp8 | None) -> Item:

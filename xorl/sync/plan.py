@@ -77,21 +77,15 @@ def _power_of_two_in(tensor: TensorSpec) -> float:
 def lay_out(items: Iterable[Item], bucket_bytes: int) -> list[Bucket]:
     """Cut the list into buckets of at most `bucket_bytes`; a larger item has a bucket of its own.
 
-    Items keep their order from bucket to bucket, but the smallest bucket comes first: while the first one is produced
-    nothing is on the wire. Empty items are left out.
+    Items keep their order, and empty ones are left out. The last bucket is filled first, so that the first one has what
+    is left over: while it is produced nothing is on the wire.
     """
-    buckets: list[Bucket] = []
-    run: list[Item] = []
-    run_bytes = 0
-    for item in items:
-        if not item.num_bytes:
-            continue
-        if run and run_bytes + item.num_bytes > bucket_bytes:
-            buckets.append(Bucket(tuple(run)))
-            run, run_bytes = [], 0
-        run.append(item)
-        run_bytes += item.num_bytes
-    if run:
-        buckets.append(Bucket(tuple(run)))
-    first = min(buckets, key=lambda bucket: bucket.num_bytes, default=None)
-    return [] if first is None else [first, *(bucket for bucket in buckets if bucket is not first)]
+    buckets: list[list[Item]] = []
+    room = 0
+    for item in reversed([item for item in items if item.num_bytes]):
+        if not buckets or item.num_bytes > room:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append(item)
+        room -= item.num_bytes
+    return [Bucket(tuple(reversed(bucket))) for bucket in reversed(buckets)]
