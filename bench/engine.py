@@ -230,7 +230,10 @@ def queued_batches(engine: Engine, size: Size, chosen: Options) -> list[Result]:
         if chosen.json is not None:
             trace.write(chosen.json.with_suffix(f".{name.replace(' ', '-')}.trace.json"))
     if chosen.png is not None:
-        draw({name: last_spans(trace, len(commands)) for name, trace in traces.items()}, chosen.png)
+        draw(
+            {name: last_spans(trace, len(commands)) for name, trace in traces.items()},
+            chosen.png.with_suffix(".timeline.png"),
+        )
     engine.run(UnloadModel(model_id="queued"))
     return results
 
