@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from xorl.config import Config, load
-from xorl.engine.commands import Datums, Forward, ForwardBackward
+from xorl.engine.commands import Datums, Endpoint, Forward, ForwardBackward, SyncWeights
 from xorl.types import (
     AnyLoss,
     CausalLmLoss,
@@ -66,6 +67,24 @@ def request(model_id: str, loss: AnyLoss, seed: int, *, backward: bool = True) -
     if backward:
         return ForwardBackward(model_id=model_id, datums=data, loss=loss, token_mean=bool(seed % 2))
     return Forward(model_id=model_id, datums=data, loss=loss)
+
+
+def sync_into(*ports: int, **changes: Any) -> SyncWeights:
+    """A push of the model `default` into servers on this machine."""
+    command = SyncWeights(
+        model_id="default",
+        endpoints=[Endpoint("127.0.0.1", port) for port in ports],
+        master_address="",
+        master_port=0,
+        group_name="weight_sync_group",
+        bucket_bytes=10_000,
+        flush_cache=False,
+        cache_mode="auto",
+        pause_mode="retract",
+        weight_version="v1",
+        quantization=None,
+    )
+    return msgspec.structs.replace(command, **changes)
 
 
 def poisoned(model_id: str) -> ForwardBackward:

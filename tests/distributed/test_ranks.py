@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from builders import LOSSES, datums, floats, poisoned, random_sequences, request
+from builders import LOSSES, datums, floats, poisoned, random_sequences, request, sync_into
 from rank_group import Group, Pool, set_b, starve
 from sync.fake_sglang import FakeSglang
 from xorl.engine.commands import (
     CreateModel,
-    Endpoint,
     Forward,
     ForwardBackward,
     ForwardResult,
@@ -22,7 +21,6 @@ from xorl.engine.commands import (
     SaveSampler,
     SaveWeights,
     Sleep,
-    SyncWeights,
     UnloadModel,
     WakeUp,
 )
@@ -280,20 +278,7 @@ def test_a_weight_sync_sends_what_one_rank_would(new_group: NewGroup, tmp_path: 
         else:
             with_tenants(group)
         with FakeSglang().serving() as server:
-            command = SyncWeights(
-                model_id=model_id,
-                endpoints=[Endpoint("127.0.0.1", server.port)],
-                master_address="127.0.0.1",
-                master_port=0,
-                group_name="g",
-                bucket_bytes=10_000,
-                flush_cache=False,
-                cache_mode="auto",
-                pause_mode="retract",
-                weight_version="1",
-                quantization=None,
-            )
-            (endpoint,) = group.run(command).endpoints
+            (endpoint,) = group.run(sync_into(server.port, model_id=model_id)).endpoints
             assert endpoint.success, endpoint.message
             served.append(server.weights)
     assert served[0].keys() == served[1].keys()

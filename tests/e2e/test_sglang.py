@@ -13,10 +13,11 @@ import xorl_client
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 from xorl_client import types
 
+from builders import sync_into
 from e2e.sglang import PYTHON, generate, served_logprobs, sglang
 from processes import running
 from tiny import save_tiny_model
-from xorl.engine.commands import Endpoint, SyncReport, SyncWeights
+from xorl.engine.commands import SyncReport
 from xorl.quantization import Fp8
 from xorl.sync import terms
 from xorl.sync.disk import Shelf, save
@@ -54,20 +55,7 @@ def push(
     sync: WeightSync, model: PreTrainedModel, version: str, *ports: int, pause_mode: PauseMode = "retract"
 ) -> SyncReport:
     """Sync with verification; all must succeed, and be verified."""
-    command = SyncWeights(
-        model_id="default",
-        endpoints=[Endpoint("127.0.0.1", port) for port in ports],
-        master_address="",
-        master_port=0,
-        group_name="weight_sync_group",
-        bucket_bytes=BUCKET_BYTES,
-        flush_cache=False,
-        cache_mode="auto",
-        pause_mode=pause_mode,
-        weight_version=version,
-        quantization=None,
-        verify=True,
-    )
+    command = sync_into(*ports, bucket_bytes=BUCKET_BYTES, pause_mode=pause_mode, weight_version=version, verify=True)
     report = sync.push(command, weights_of(model))
     print(report)
     assert [endpoint.success for endpoint in report.endpoints] == [True] * len(ports), report

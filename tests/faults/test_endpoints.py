@@ -14,9 +14,10 @@ from typing import get_args
 import pytest
 import torch
 
+from builders import sync_into
 from faults.conftest import Row
 from faults.mortal import BUCKET, Fault, Moment, Server, servers, tensors
-from xorl.engine.commands import Endpoint, SyncReport, SyncWeights
+from xorl.engine.commands import SyncReport
 from xorl.sync.formats import Weight
 from xorl.sync.push import WeightSync
 
@@ -72,19 +73,8 @@ def push(
     sync: WeightSync, both: list[Server], trained: list[Weight], version: int, group_name: str = "weights"
 ) -> SyncReport:
     """The sync's report; fails if it hangs."""
-    command = SyncWeights(
-        model_id="default",
-        endpoints=[Endpoint("127.0.0.1", server.port) for server in both],
-        master_address="",
-        master_port=0,
-        group_name=group_name,
-        bucket_bytes=4000,
-        flush_cache=False,
-        cache_mode="auto",
-        pause_mode="retract",
-        weight_version=f"v{version}",
-        quantization=None,
-    )
+    ports = [server.port for server in both]
+    command = sync_into(*ports, group_name=group_name, bucket_bytes=4000, weight_version=f"v{version}")
     with ThreadPoolExecutor(1) as threads:
         return threads.submit(sync.push, command, trained).result(HANGING_S)
 

@@ -5,9 +5,9 @@ from signal import SIGKILL
 
 import pytest
 
-from builders import config_for, request
+from builders import config_for, request, sync_into
 from faults.mortal import BUCKET, Fault, Moment, servers
-from xorl.engine.commands import CreateModel, Endpoint, OptimStep, SyncWeights
+from xorl.engine.commands import CreateModel, OptimStep
 from xorl.engine.engine import Engine
 from xorl.types import AdamParams, CrossEntropy, LoraSpec
 
@@ -24,22 +24,6 @@ def engine(model: Path, folder: Path) -> Engine:
     return engine
 
 
-def sync_into(port: int) -> SyncWeights:
-    return SyncWeights(
-        model_id="m",
-        endpoints=[Endpoint("127.0.0.1", port)],
-        master_address="127.0.0.1",
-        master_port=0,
-        group_name="weights",
-        bucket_bytes=10_000,
-        flush_cache=False,
-        cache_mode="auto",
-        pause_mode="retract",
-        weight_version="1",
-        quantization=None,
-    )
-
-
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
 def test_a_lost_endpoint_leaves_gradient_and_moments_as_they_were(
     tiny_model: Path, tmp_path: Path, moment: Moment
@@ -47,7 +31,7 @@ def test_a_lost_endpoint_leaves_gradient_and_moments_as_they_were(
     alone, synced = engine(tiny_model, tmp_path / "alone"), engine(tiny_model, tmp_path / "synced")
     with servers(1) as (server,):
         server.inject(Fault(SIGKILL, moment, BUCKET, 1))
-        (endpoint,) = synced.run(sync_into(server.port)).endpoints
+        (endpoint,) = synced.run(sync_into(server.port, model_id="m")).endpoints
         assert not endpoint.success
     rest = request("m", LOSS, 3), STEP, request("m", LOSS, 4, backward=False)
     assert [synced.run(command) for command in rest] == [alone.run(command) for command in rest]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from builders import sync_into
 from sync.fake_sglang import FakeSglang
 from xorl.engine.commands import Endpoint, EndpointReport, SyncReport, SyncWeights
 from xorl.errors import InvalidRequest, NonFinite
@@ -59,20 +60,7 @@ def model(seed: int) -> list[Weight]:
 
 
 def command(*servers: FakeSglang, **changes: object) -> SyncWeights:
-    fields: dict[str, object] = {
-        "model_id": "default",
-        "endpoints": [Endpoint("127.0.0.1", server.port) for server in servers],
-        "master_address": "",
-        "master_port": 0,
-        "group_name": "weight_sync_group",
-        "bucket_bytes": BUCKET_BYTES,
-        "flush_cache": False,
-        "cache_mode": "auto",
-        "pause_mode": "retract",
-        "weight_version": "v1",
-        "quantization": None,
-    }
-    return SyncWeights(**fields | changes)  # pyright: ignore[reportArgumentType]
+    return sync_into(*(server.port for server in servers), **{"bucket_bytes": BUCKET_BYTES, **changes})
 
 
 def assert_serves(server: FakeSglang, weights: list[Weight]) -> None:
