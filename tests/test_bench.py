@@ -87,6 +87,7 @@ def test_gpu_script_goes_on_after_a_failure_and_fails(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_gpu_script_in_full(tmp_path):
     status, machine = gpu_script(tmp_path)
     assert status == 0, machine
