@@ -24,7 +24,8 @@ export PYTHONPATH=$PWD:$PWD/kernels:$scratch/site XORL_TUNING=$scratch/tuning.js
 size=(--small)
 if [[ $device == cuda ]]; then size=(); export TRITON_INTERPRET=0; fi
 
-# Seconds that a step may take, on the CPU twice as many. They add up to more than the deadline, which cuts the last ones short.
+# Seconds that a step may take, on the CPU twice as many. They add up to more than the deadline, which cuts the last
+# ones short.
 declare -A budget=([install]=60 [build]=120 [tests/kernels]=120 [tests/sync]=60 [tests/engine]=100
   [fp8_quantize]=100 [fused_lora]=160 [logprobs]=60 [sync]=60)
 deadline=525
