@@ -1,33 +1,25 @@
 """Two engine processes behind one server, as a client sees them: nothing else than one."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 import xorl_client
 from xorl_client import types
 
-from builders import random_sequences
+from clients.datums import data, logprobs
 from processes import TORCHRUN, XORL, running
 
 
 def trained(url: str, model: str, model_id: str) -> list[list[float]]:
     """Log-probabilities of all tokens before each of three steps on the same datums."""
-    sequences = random_sequences(np.random.default_rng(0), (6, 11, 3, 9))
-    data = [
-        types.Datum(
-            model_input=types.ModelInput.from_ints(tokens[:-1]),
-            loss_fn_inputs={"target_tokens": types.TensorData(data=tokens[1:], dtype="int64", shape=[len(tokens) - 1])},
-        )
-        for tokens in map(list, sequences)
-    ]
     steps: list[list[float]] = []
     with xorl_client.ServiceClient(base_url=url) as service:
         client = service.create_lora_training_client(model, rank=4, alpha=8, model_id=model_id)
         for _ in range(3):
-            outputs = client.forward_backward(data, "cross_entropy").result().loss_fn_outputs
-            steps.append([value for entry in outputs for value in entry["logprobs"].tolist()])
+            output = client.forward_backward(data(lengths=(6, 11, 3, 9)), "cross_entropy").result()
+            steps.append(list(chain(*logprobs(output))))
             client.optim_step(types.AdamParams(learning_rate=5e-3)).result()
     return steps
 

@@ -30,6 +30,14 @@ from xorl_kernels.fp8_quantize import dequantize, fp8_quantize
 PROMPT = [5, 17, 99, 3, 42, 64, 8, 120]
 CPU = torch.device("cpu")
 BUCKET_BYTES = 60_000
+SIZES: dict[str, int] = {
+    "vocab_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+"""What the models made here have in common."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,15 +98,11 @@ def test_sglang_serves_what_was_pushed(tmp_path: Path, tied: bool) -> None:
 def test_plain_quantised_and_separate_servers_in_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one has FP8 blocks; the third one is kept out of the group, and reads from disk."""
     config = Qwen3Config(
+        **SIZES,
         architectures=["Qwen3ForCausalLM"],
-        vocab_size=128,
         hidden_size=256,
         intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=512,
         initializer_range=0.1,
         tie_word_embeddings=False,
     )
@@ -125,19 +129,15 @@ def test_plain_quantised_and_separate_servers_in_one_sync(tmp_path: Path, monkey
 
 def test_stacked_experts_arrive(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(
+        **SIZES,
         architectures=["Qwen3MoeForCausalLM"],
-        vocab_size=128,
         hidden_size=64,
         intermediate_size=128,
         moe_intermediate_size=64,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=False,
     )
