@@ -27,8 +27,8 @@ from bench.wire import BACKENDS, Server, Wire, serving
 from xorl.engine.commands import Endpoint, SyncWeights
 from xorl.quantization import Fp8
 from xorl.sync.forecast import Costs, forecast
-from xorl.sync.formats import Weight, pieces, wire_items
-from xorl.sync.plan import Bucket, lay_out
+from xorl.sync.formats import Weight
+from xorl.sync.produce import Plan
 from xorl.sync.push import WeightSync
 from xorl.types import LORA_PROJECTIONS
 from xorl_kernels.fp8_quantize import Lora, Packer
@@ -148,31 +148,6 @@ def adapted(weights: Sequence[Weight]) -> list[Weight]:
     return [weight._replace(lora=lora_of(weight)) for weight in weights]
 
 
-class Buckets(NamedTuple):
-    """A plan with what fills it."""
-
-    buckets: list[Bucket]
-    packers: list[Packer]
-
-    @classmethod
-    def of(cls, weights: Sequence[Weight], fp8: Fp8 | None, bucket_bytes: int) -> "Buckets":
-        buckets = lay_out(wire_items(weights, fp8), bucket_bytes)
-        by_name = {weight.name: weight for weight in weights}
-        return cls(buckets, [Packer(pieces(bucket, by_name, fp8)) for bucket in buckets])
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(bucket.num_bytes for bucket in self.buckets)
-
-    @property
-    def device(self) -> torch.device:
-        return self.packers[0].pieces[0].weight_OI.device
-
-    @property
-    def largest(self) -> int:
-        return max(bucket.num_bytes for bucket in self.buckets)
-
-
 def produced(scale: Scale, model: list[Weight], chosen: Options) -> list[Result]:
     """Merge, quantise and pack with nothing to send: the null link. The floor is a copy of as many bytes."""
     rate = copy_rate(chosen.device, scale.probe_bytes)
@@ -183,14 +158,16 @@ def produced(scale: Scale, model: list[Weight], chosen: Options) -> list[Result]
         ("bf16, LoRA merged", adapted(model), None),
         ("FP8, LoRA merged", adapted(model), Fp8()),
     ):
-        made = Buckets.of(weights, fp8, scale.bucket_bytes)
-        memory = torch.empty(made.largest, dtype=torch.uint8, device=chosen.device)
+        plan = Plan.of(weights, fp8, scale.bucket_bytes)
+        packers = [plan.packer(bucket) for bucket in plan.buckets]
+        largest = max(bucket.num_bytes for bucket in plan.buckets)
+        memory = torch.empty(largest, dtype=torch.uint8, device=chosen.device)
 
-        def write(made: Buckets = made, memory: Tensor = memory) -> None:
-            for packer in made.packers:
+        def write(packers: list[Packer] = packers, memory: Tensor = memory) -> None:
+            for packer in packers:
                 packer.write(memory)
 
-        floor_s = (num_read + made.num_bytes) / rate
+        floor_s = (num_read + plan.num_bytes) / rate
         ceiling = f"{rate / 1e9:,.1f} GB/s read and written"
         results += compare(f"{scale.model}, produce {case}", {"xorl": write}, {"xorl": floor_s}, chosen, ceiling)
     return results
@@ -328,25 +305,26 @@ def paced(scale: Scale, model: list[Weight], wire: Wire, produce_s: float, wall:
     What production costs then is what full buckets take longer than empty ones. Nothing hides the first bucket's.
     """
     bucket_bytes = scale.bucket_bytes // 4  # so many that the first one is a small part
-    made = Buckets.of(model, None, bucket_bytes)
-    sizes = [bucket.num_bytes for bucket in made.buckets]
-    rate = SLOW_LINK * made.num_bytes / produce_s
-    ours = Ours(wire.servers, made.device)
+    plan = Plan.of(model, None, bucket_bytes)
+    packers = [plan.packer(bucket) for bucket in plan.buckets]
+    sizes = [bucket.num_bytes for bucket in plan.buckets]
+    rate = SLOW_LINK * plan.num_bytes / produce_s
+    ours = Ours(wire.servers, model[0].tensor.device)
     ways = {
         "xorl": lambda: ours.push(model, bucket_bytes),
-        "its buckets alone": lambda: wire.send(sizes, lambda number, slot: made.packers[number].write(slot)),
+        "its buckets alone": lambda: wire.send(sizes, lambda number, slot: packers[number].write(slot)),
         "empty buckets": lambda: wire.send(sizes),
     }
     wire.pace(rate)
     case = f"{scale.model}, bf16, paced link"
-    results = compare(case, ways, dict.fromkeys(ways, made.num_bytes / rate), wall, f"{rate / 1e9:.2f} GB/s")
+    results = compare(case, ways, dict.fromkeys(ways, plan.num_bytes / rate), wall, f"{rate / 1e9:.2f} GB/s")
     wire.pace(None)
     ours.close()
     full, empty = results[1:]
     share = 1 - max(0.0, full.median_s - empty.median_s) / produce_s
     print(
         f"{case}: {share:.1%} of {1e3 * produce_s:.0f} ms of production hidden, the target is 95%; "
-        f"all but the first of {len(sizes)} buckets is {1 - sizes[0] / made.num_bytes:.1%}"
+        f"all but the first of {len(sizes)} buckets is {1 - sizes[0] / plan.num_bytes:.1%}"
     )
     return results
 
@@ -362,10 +340,9 @@ def foreseen(
     results = []
     for share in (0.25, 0.5, 1.0):
         part = model[: max(1, round(share * len(model)))]
-        buckets = lay_out(wire_items(part, None), scale.bucket_bytes)
-        predicted_s = forecast(buckets, costs, 1 + len(servers), BACKENDS[device.type]).total_s
-        megabytes = sum(bucket.num_bytes for bucket in buckets) / 1e6
-        case = f"{megabytes:.0f} MB in {len(buckets)} buckets to {len(servers)}"
+        plan = Plan.of(part, None, scale.bucket_bytes)
+        predicted_s = forecast(plan.buckets, costs, 1 + len(servers), BACKENDS[device.type]).total_s
+        case = f"{plan.num_bytes / 1e6:.0f} MB in {len(plan.buckets)} buckets to {len(servers)}"
         ways = {"xorl": lambda part=part: ours.push(part, scale.bucket_bytes)}
         results += compare(case, ways, {"xorl": predicted_s}, wall, "as sync-plan predicts")
     ours.close()

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from sync.test_plan import limits, models
 from xorl.quantization import Fp8
 from xorl.sync.forecast import Costs, forecast, sends
-from xorl.sync.paper import plan, weights_of
+from xorl.sync.paper import weights_of
 from xorl.sync.plan import lay_out
+from xorl.sync.produce import Plan
 
 LLAMA_3_70B = {
     "model_type": "llama",
@@ -63,8 +64,7 @@ def write(config: dict[str, object], folder: Path) -> str:
 @pytest.mark.parametrize("name", PARAMETERS_G)
 def test_a_config_alone_gives_the_plan_of_a_model_that_fits_nowhere_here(name, tmp_path):
     config, parameters_g = PARAMETERS_G[name]
-    model = write(config, tmp_path)
-    buckets = plan(model, None, BUCKET_BYTES)
+    buckets = Plan.of(weights_of(write(config, tmp_path)), None, BUCKET_BYTES).buckets
     items = [item for bucket in buckets for item in bucket.items]
     num_items = sum(item.values.num_items for item in items)
     assert num_items / 1e9 == pytest.approx(parameters_g, rel=1e-3)
@@ -80,9 +80,9 @@ def test_no_weight_has_memory(tmp_path):
 
 
 def test_fp8_sends_half_of_the_layers_bytes_and_their_scales(tmp_path):
-    model = write(LLAMA_3_70B, tmp_path)
+    weights = weights_of(write(LLAMA_3_70B, tmp_path))
     plain, codes = (
-        {item.values.name: item for bucket in plan(model, fp8, BUCKET_BYTES) for item in bucket.items}
+        {item.values.name: item for bucket in Plan.of(weights, fp8, BUCKET_BYTES).buckets for item in bucket.items}
         for fp8 in (None, Fp8())
     )
     assert plain.keys() == codes.keys()

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from xorl.quantization import Fp8
 from xorl.sync.forecast import Backend, Costs, Forecast, forecast
-from xorl.sync.formats import Weight, one_by_one, wire_items
-from xorl.sync.plan import Bucket, lay_out
+from xorl.sync.formats import Weight
+from xorl.sync.produce import Plan
 
 TERMS = {
     "wire": "bytes over the slowest receiver's ingress",
@@ -34,41 +34,36 @@ def report(
     """
     console = Console()
     try:
-        buckets = plan(model, fp8, bucket_bytes)
+        plan = Plan.of(weights_of(model), fp8, bucket_bytes)
     except (OSError, ValueError) as error:
         console.print(f"model {model}: {error}", markup=False)
         return 1
-    predicted = forecast(buckets, Costs(ingress), 1 + endpoints * ranks, backend)
-    console.print(_plan_table(model, buckets, fp8))
+    predicted = forecast(plan.buckets, Costs(ingress), 1 + endpoints * ranks, backend)
+    console.print(_plan_table(model, plan))
     console.print(_time_table(predicted, f"{endpoints} endpoints of {ranks} ranks, {ingress / 1e9:g} GB/s, {backend}"))
     return 0
 
 
-def plan(model: str, fp8: Fp8 | None, bucket_bytes: int) -> list[Bucket]:
-    """The buckets that a server of this model would send. No weight has memory.
+def weights_of(model: str) -> list[Weight]:
+    """The weights of a bfloat16 checkpoint, on the meta device.
 
     Raises:
         OSError, ValueError: its config is not there, or not one that transformers reads.
     """
-    return lay_out(wire_items(one_by_one(weights_of(model)), fp8), bucket_bytes)
-
-
-def weights_of(model: str) -> list[Weight]:
-    """The weights of a bfloat16 checkpoint, on the meta device."""
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return [Weight(name, parameter, torch.bfloat16) for name, parameter in network.named_parameters()]
 
 
-def _plan_table(model: str, buckets: list[Bucket], fp8: Fp8 | None) -> Table:
-    items = [item for bucket in buckets for item in bucket.items]
-    sizes = [bucket.num_bytes for bucket in buckets]
+def _plan_table(model: str, plan: Plan) -> Table:
+    items = [item for bucket in plan.buckets for item in bucket.items]
+    sizes = [bucket.num_bytes for bucket in plan.buckets]
     parameters = sum(item.values.num_items for item in items)
     table = Table("", "", title=f"sync of {model}", show_header=False)
     table.add_row("weights", f"{len(items):,}, of {parameters / 1e9:,.2f} G parameters")
-    table.add_row("form", "bfloat16" if fp8 is None else f"FP8, a scale each {fp8.form}")
-    table.add_row("bytes", f"{sum(sizes):,}")
+    table.add_row("form", "bfloat16" if plan.fp8 is None else f"FP8, a scale each {plan.fp8.form}")
+    table.add_row("bytes", f"{plan.num_bytes:,}")
     table.add_row("buckets", f"{len(sizes):,}, of {_mib(min(sizes))} to {_mib(max(sizes))}")
     return table
 

@@ -34,6 +34,10 @@ class Plan(NamedTuple):
         buckets = lay_out(wire_items(weights, fp8), bucket_bytes)
         return cls(buckets, {weight.name: weight for weight in weights}, fp8, bucket_bytes)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(bucket.num_bytes for bucket in self.buckets)
+
     def packer(self, bucket: Bucket) -> Packer:
         return Packer(pieces(bucket, self.weights, self.fp8))
 

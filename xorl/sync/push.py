@@ -66,7 +66,7 @@ class WeightSync:
         sent = [party.plan for party in parties if any(target.whole for target in party.targets.live)]
         return SyncReport(
             transfer_time=phases.seconds.get("transfer", 0.0) + phases.seconds.get("disk", 0.0),
-            total_bytes=sum(bucket.num_bytes for plan in sent for bucket in plan.buckets),
+            total_bytes=sum(plan.num_bytes for plan in sent),
             num_parameters=max((len(plan.weights) for plan in sent), default=0),
             num_buckets=sum(len(plan.buckets) for plan in sent),
             endpoints=endpoints,
